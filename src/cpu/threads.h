@@ -1,0 +1,61 @@
+/* What the machine and the OpenMP runtime allow. The kernels are OpenMP; without OpenMP everything here answers "one thread". */
+#ifndef XCE_THREADS_H
+#define XCE_THREADS_H
+
+#if defined(_OPENMP)
+#include <omp.h>
+#define XCE_OPENMP _OPENMP
+#else
+#define XCE_OPENMP 0
+static inline int omp_get_max_threads(void) { return 1; }
+static inline int omp_in_parallel(void) { return 0; }
+#endif
+
+static int xce_forked_with_team; /* in a child: its threads were lost while OpenMP still counts on them */
+
+#if defined(_OPENMP) && (defined(__unix__) || defined(__APPLE__))
+#include <pthread.h>
+
+/* libgomp does not survive a fork: the child waits for threads that are not there. Sending the team home before the fork
+ * lets parent and child start anew. Where that fails (a fork from within a team, an old runtime) the child stays on one thread. */
+static int xce_team_released;
+static void xce_before_fork(void)
+{
+#if _OPENMP >= 201811
+    xce_team_released = !omp_in_parallel() && omp_pause_resource_all(omp_pause_soft) == 0;
+#endif
+}
+static void xce_after_fork_in_child(void) { xce_forked_with_team = !xce_team_released; }
+static inline int xce_watch_forks(void) { return pthread_atfork(xce_before_fork, NULL, xce_after_fork_in_child); }
+#else
+static inline int xce_watch_forks(void) { return 0; }
+#endif
+
+static inline int xce_max_threads(void)
+{
+    return xce_forked_with_team || omp_in_parallel() ? 1 : omp_get_max_threads();
+}
+
+/* The x86-64 levels whose every instruction the kernels may use. */
+static inline int xce_cpu_supports(int level)
+{
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    switch (level) {
+    case 4:
+        if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd")
+              && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")))
+            return 0; /* fall through */
+    case 3:
+        if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi")
+              && __builtin_cpu_supports("bmi2")))
+            return 0; /* fall through */
+    case 2:
+        return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
+    }
+#endif
+    (void)level;
+    return 0;
+}
+
+#endif

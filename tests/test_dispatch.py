@@ -1,0 +1,258 @@
+"""Every array library: the numbers of NumPy in the caller's own kind of array; nothing imported in vain."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from cases import oracle, problem
+
+import xce
+from xce import _dispatch
+
+
+class Library(NamedTuple):
+    array: type  # what the results are
+    make: Callable[[np.ndarray], Any]
+    numpy: Callable[[Any], np.ndarray]
+
+
+def torch_library() -> Library:
+    torch = pytest.importorskip("torch")
+    return Library(torch.Tensor, torch.from_numpy, lambda x: x.numpy())
+
+
+def jax_library() -> Library:
+    jax = pytest.importorskip("jax")
+    return Library(jax.Array, jax.numpy.asarray, np.asarray)
+
+
+def strict_library() -> Library:
+    strict = pytest.importorskip("array_api_strict")
+    return Library(type(strict.asarray(0)), strict.asarray, np.asarray)
+
+
+@pytest.fixture(params=[torch_library, jax_library, strict_library], ids=["torch", "jax", "strict"])
+def library(request: pytest.FixtureRequest) -> Library:
+    result: Library = request.param()
+    return result
+
+
+FEATURES = {"weight": True, "sample_weight": True, "where": True, "ignore": True, "label_smoothing": 0.1}
+FEATURES |= {"temperature": 0.7, "softcap": 5.0, "z_loss": 0.01}
+
+
+@pytest.mark.parametrize("mode", ["index", "probabilities"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_losses(library: Library, mode: str, reduction: str) -> None:
+    x, y, options = problem(FEATURES | {"reduction": reduction}, mode, (2, 5, 3), 1, np.float32)
+    flags = {"return_grad": True, "return_hess": True}
+    expected = xce.cross_entropy(x, y, **options, **flags)
+    arrays = {k: library.make(v) for k, v in options.items() if isinstance(v, np.ndarray)}
+    results = xce.cross_entropy(library.make(x), library.make(y), **options | arrays, **flags)
+    assert len(results) == 3
+    for result, value in zip(results, expected, strict=True):
+        assert isinstance(result, library.array)
+        assert tuple(result.shape) == value.shape
+        assert library.numpy(result).dtype == np.float32
+        np.testing.assert_allclose(library.numpy(result), value, rtol=1e-5, atol=1e-6)
+
+
+def test_operations(library: Library, rng: np.random.Generator) -> None:
+    x, y = rng.standard_normal((4, 3)).astype("f4"), np.array([0, 2, -100, 1], "i4")
+    results = {
+        function: (function(library.make(x), *args), function(x, *map(library.numpy, args)))
+        for function, args in (
+            (xce.softmax, ()),
+            (xce.log_softmax, ()),
+            (xce.logsumexp, ()),
+            (xce.logit_stats, (library.make(y),)),
+        )
+    }
+    for result, expected in results.values():
+        results_of_one = result if isinstance(result, tuple) else (result,)
+        for a, b in zip(
+            results_of_one, expected if isinstance(expected, tuple) else (expected,), strict=True
+        ):
+            assert isinstance(a, library.array)
+            np.testing.assert_allclose(library.numpy(a), b, rtol=1e-5, atol=1e-6)
+    kept = xce.logsumexp(library.make(x), axis=0, keepdims=True)
+    assert isinstance(kept, library.array)
+    assert tuple(kept.shape) == (1, 3)
+
+
+def test_errors(library: Library) -> None:
+    x, y = library.make(np.zeros((2, 3), "f4")), library.make(np.array([0, 3], "i4"))
+    good = library.make(np.array([0, 1], "i4"))
+    with pytest.raises(xce.LabelError, match=r"target\[1\] = 3 is out of range: labels of 3 classes"):
+        xce.cross_entropy(x, y)
+    with pytest.raises(ValueError, match=r"target of dtype int32 has shape \(2,\) but must have \(3,\)"):
+        xce.cross_entropy(x, y, axis=0)
+    with pytest.raises(TypeError, match=r"logits has dtype .*int32: allowed are float16, bfloat16"):
+        xce.cross_entropy(y, y)
+    with pytest.raises(ValueError, match=r"weight\[2\] = -1 is not allowed"):
+        xce.cross_entropy(x, good, weight=library.make(np.array([1, 1, -1], "f4")))
+    with pytest.raises(TypeError, match=r"logits is a .* but target is a numpy\.ndarray: all arrays"):
+        xce.cross_entropy(x, np.array([0, 1]))
+    with pytest.raises(TypeError, match=r"logits is a numpy\.ndarray but weight is a "):
+        xce.cross_entropy(np.zeros((2, 3), "f4"), np.array([0, 1]), weight=x[0, :])
+    with pytest.raises(TypeError, match=r"target has dtype .*bool"):
+        xce.cross_entropy(x, library.make(np.array([True, False])))
+
+
+def test_one_label_may_be_an_integer(library: Library) -> None:
+    x = np.array([1.0, 2.0, 0.5], "f4")
+    result = xce.cross_entropy(library.make(x), 2)
+    np.testing.assert_allclose(library.numpy(result), xce.cross_entropy(x, 2), rtol=1e-6)
+    with pytest.raises(xce.LabelError, match="target = 3 is out of range"):
+        xce.cross_entropy(library.make(x), 3)
+
+
+# Buffers
+
+
+def test_buffers_of_mutable_libraries(library: Library, rng: np.random.Generator) -> None:
+    x, y = rng.standard_normal((4, 3)).astype("f4"), np.array([0, 2, 1, 1], "i4")
+    buffer, logits = library.make(np.full((4, 3), 7, "f4")), library.make(x.copy())
+    if "jax" in library.array.__module__:
+        with pytest.raises(ValueError, match="grad_out is read-only"):
+            xce.cross_entropy(logits, library.make(y), return_grad=True, grad_out=buffer)
+        return
+    expected = xce.cross_entropy(x, y, return_grad=True)[1]
+    for out in (buffer, logits):
+        _, grad = xce.cross_entropy(logits, library.make(y), return_grad=True, grad_out=out)
+        for result in (out, grad):
+            np.testing.assert_allclose(library.numpy(result), expected, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"grad_out has shape .* but must have .*, the shape of logits"):
+        xce.cross_entropy(logits, library.make(y), return_grad=True, grad_out=buffer[:2, :])
+    with pytest.raises(ValueError, match="hess_out shares memory with grad_out"):
+        xce.cross_entropy(
+            logits, library.make(y), return_grad=True, grad_out=buffer, return_hess=True, hess_out=buffer
+        )
+
+
+# PyTorch
+
+
+def test_tensors_are_read_and_written_in_place() -> None:
+    torch = pytest.importorskip("torch")
+    x, y = torch.randn(5, 4), torch.tensor([0, 3, 1, 2, 0])
+    grad = torch.empty(4, 5).T  # any strides
+    value, result = xce.cross_entropy(x, y, return_grad=True, grad_out=grad)
+    assert result.data_ptr() == grad.data_ptr()
+    expected = torch.nn.functional.cross_entropy(x.requires_grad_(), y)
+    expected.backward()
+    torch.testing.assert_close(value, expected.detach())
+    torch.testing.assert_close(grad, x.grad)
+
+
+@pytest.mark.parametrize("mode", ["index", "probabilities"])
+def test_bfloat16_tensors(mode: str) -> None:
+    torch = pytest.importorskip("torch")
+    x, y, options = problem({"weight": True}, mode, dtype=np.float32)
+    narrow = torch.from_numpy(x).bfloat16()
+    target = torch.from_numpy(y) if mode == "index" else torch.from_numpy(y).bfloat16()
+    weight = torch.from_numpy(options["weight"]).bfloat16()
+    value, grad = xce.cross_entropy(narrow, target, weight=weight, return_grad=True)
+    expected = xce.cross_entropy(
+        narrow.float().numpy(), target.numpy() if mode == "index" else target.float().numpy(),
+        weight=weight.float().numpy(), return_grad=True,
+    )  # fmt: skip
+    assert value.dtype == torch.float32
+    assert grad.dtype == torch.bfloat16
+    np.testing.assert_allclose(value.numpy(), expected[0], rtol=1e-6)
+    np.testing.assert_allclose(grad.float().numpy(), expected[1], rtol=2**-8)
+    assert xce.softmax(narrow).dtype == torch.bfloat16
+    out = torch.empty_like(narrow)
+    assert xce.log_softmax(narrow, out=out).data_ptr() == out.data_ptr()
+    with pytest.raises(
+        ValueError, match=r"grad_out has dtype float32 but must have bfloat16, the dtype of logits"
+    ):
+        xce.cross_entropy(narrow, target, return_grad=True, grad_out=torch.empty(narrow.shape))
+    with pytest.raises(ValueError, match=r"weight\[1\] = -2 is not allowed"):
+        xce.cross_entropy(narrow, target, weight=torch.tensor([1, -2, 1, 1, 1, 1, 1]).bfloat16())
+
+
+def test_tensors_that_are_refused() -> None:
+    torch = pytest.importorskip("torch")
+    x, y = torch.zeros(2, 3), torch.tensor([0, 1])
+    with pytest.raises(TypeError, match=r"logits requires grad; detach it: logits\.detach\(\)"):
+        xce.cross_entropy(x.clone().requires_grad_(), y)
+    with pytest.raises(TypeError, match="logits requires grad"):
+        xce.cross_entropy(torch.nn.Parameter(x), y)
+    with pytest.raises(TypeError, match=r"logits is a torch\.Tensor on device cpu, .* torch\.sparse_coo"):
+        xce.cross_entropy(x.to_sparse(), y)
+    with pytest.raises(TypeError, match=r"logits is a torch\.Tensor on device meta"):
+        xce.cross_entropy(x.to("meta"), y)
+    with pytest.raises(TypeError, match="logits has dtype complex64"):
+        xce.cross_entropy(x.to(torch.complex64), y)
+
+
+@pytest.mark.gpu
+def test_cuda_tensors_are_refused() -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    with pytest.raises(NotImplementedError, match="logits is on a GPU"):
+        xce.cross_entropy(torch.zeros(2, 3, device="cuda"), torch.zeros(2, dtype=torch.int64, device="cuda"))
+
+
+# ml_dtypes
+
+
+def test_bfloat16_arrays_of_numpy() -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    x, y, _ = problem({}, dtype=ml_dtypes.bfloat16)
+    value, grad = xce.cross_entropy(x, y, return_grad=True)
+    expected = oracle(xce.cross_entropy, x, y, return_grad=True)
+    assert value.dtype == np.float32
+    assert grad.dtype == x.dtype
+    np.testing.assert_allclose(value, expected[0], rtol=1e-6)
+    np.testing.assert_allclose(grad.astype("f4"), expected[1].astype("f4"), rtol=2**-8)
+
+
+# JAX
+
+
+def test_tracers_are_refused() -> None:
+    jax = pytest.importorskip("jax")
+    with pytest.raises(TypeError, match="x is being traced"):
+        jax.jit(xce.softmax)(jax.numpy.zeros(3))
+    with pytest.raises(TypeError, match="logits is being traced"):
+        jax.grad(lambda x: xce.cross_entropy(x, 0))(jax.numpy.zeros(3))
+
+
+def test_bfloat16_arrays() -> None:
+    jax = pytest.importorskip("jax")
+    x = jax.numpy.asarray([[1.0, 2.0, 0.5]], jax.numpy.bfloat16)
+    value, grad = xce.cross_entropy(x, jax.numpy.asarray([1]), return_grad=True)
+    assert value.dtype == np.float32
+    assert grad.dtype == jax.numpy.bfloat16
+    np.testing.assert_allclose(value, xce.cross_entropy(np.asarray(x, "f4"), np.array([1])), rtol=1e-6)
+
+
+# What is imported
+
+
+def test_no_library_is_imported_for_numpy() -> None:
+    code = (
+        "import sys, numpy, xce; x = numpy.zeros((2, 3)); y = numpy.zeros(2, int)\n"
+        "xce.cross_entropy(x, y, return_grad=True, label_smoothing=0.1); xce.softmax(x)\n"
+        "found = {'cupy', 'torch', 'jax', 'dask', 'matplotlib', 'scipy', 'ml_dtypes'} & set(sys.modules)\n"
+        "sys.exit(f'imported: {found}' if found else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_owner_of_a_type_is_found_once() -> None:
+    x = np.zeros(3)
+    assert _dispatch.owner_of(x, "x") is _dispatch._owners[np.ndarray]
+
+
+def test_type_names_are_those_of_users() -> None:
+    assert _dispatch.type_name(np.zeros(1)) == "numpy.ndarray"
+    assert _dispatch.type_name(1.0) == "float"

@@ -1,0 +1,1 @@
+"""One module per array library: see `xce._dispatch` for what a backend is."""

@@ -1,0 +1,39 @@
+"""Every array-API library that has no kernels: the reference computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from xce import _reference
+from xce._backends._scan import scan_labels, scan_values
+from xce._call import Call
+
+__all__ = ["run", "scan_labels", "scan_values", "view", "wrap"]
+
+
+def view(x: Any, name: str) -> Any:  # noqa: ARG001 (every backend's signature)
+    """Return `x`: the reference computes on the caller's own arrays."""
+    return x
+
+
+def wrap(result: Any) -> Any:
+    """Return `result`: it already is of the caller's kind."""
+    return result
+
+
+def run(call: Call) -> Any:
+    """Compute `call` by the reference and fill the caller's buffers."""
+    result = _reference.run(call)
+    if call.grad_out is None and call.hess_out is None:
+        return result
+    buffers = (None, call.grad_out, call.hess_out) if call.op == "loss" else (call.grad_out,)
+    values = result if call.op == "loss" else (result,)
+    filled = tuple(_fill(buffer, value) for buffer, value in zip(buffers, values, strict=True))
+    return filled if call.op == "loss" else filled[0]
+
+
+def _fill(buffer: Any, value: Any) -> Any:
+    if buffer is None:
+        return value
+    buffer[...] = value
+    return buffer

@@ -1,0 +1,213 @@
+"""Arguments to one checked `Call`, results back to the caller's kind of array.
+
+`normalise` is the only place that validates. It is a straight line of ``if <unusual>: <check>``, so that a
+plain NumPy call costs about a microsecond; the checks that coerce or explain are in `_check`.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from numpy import ndarray
+
+from xce import _check as check
+from xce._check import INT64, NATIVE_FLOATS, NATIVE_INTEGERS, REDUCTIONS, Array, dtype_name, thread_count
+from xce._dispatch import view
+
+__all__ = [
+    "Array", "Call", "LogitStats", "dtype_name", "finish", "normalise", "normalise_map", "thread_count"
+]  # fmt: skip
+
+
+class Call(NamedTuple):
+    """One checked computation; past `normalise` nothing is defaulted and nothing is checked again."""
+
+    op: str  # "loss" | "softmax" | "log_softmax" | "logsumexp" | "stats"
+    phi: str  # the scalar function of the log-probability, and
+    phi_param: float  # its parameter (0.0 where it has none)
+    logits: Array  # any shape with at least one axis, floating
+    axis: int  # the class axis, 0..ndim-1
+    target: Array  # None, or integers of the rows' shape, or probabilities of the logits' shape
+    weight: Array  # None, or (C,), floating
+    sample_weight: Array  # None, or of the rows' shape, floating
+    where: Array  # None, or bool, of the logits' shape
+    ignore_index: int
+    label_smoothing: float
+    temperature: float
+    softcap: float | None
+    z_loss: float
+    reduction: str  # "mean" | "sum" | "none"
+    return_grad: bool
+    return_hess: bool
+    grad_out: Array  # None, or buffers like the logits (also softmax's `out`)
+    hess_out: Array
+    n_threads: int | None
+    validate: bool  # False: the data was not read, and a bad label makes its row NaN
+
+
+class LogitStats(NamedTuple):
+    """Row statistics of logits, each of the logits' shape without the class axis.
+
+    Attributes
+    ----------
+    lse : array of float32 or float64
+        Log of the sum of the exponentials of the row's logits, in nats.
+    target_logit : array of float32 or float64
+        Logit of the target class; NaN for an ignored row.
+    argmax : array of int64
+        Class with the largest logit, the first of several; the first NaN if there is one.
+    rank : array of int64
+        Number of classes with a logit strictly greater than the target's: 0 is a hit at top 1. It is -1 for
+        an ignored row and for a row with a NaN.
+    entropy : array of float32 or float64
+        Entropy of ``softmax(logits)`` in nats.
+    """
+
+    lse: Array
+    target_logit: Array
+    argmax: Array
+    rank: Array
+    entropy: Array
+
+
+def normalise(
+    owner: ModuleType,
+    op: str,
+    phi: str,
+    phi_param: float,
+    logits: Array,
+    axis: int,
+    target: Array,
+    weight: Array | None = None,
+    sample_weight: Array | None = None,
+    where: Array | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    reduction: str = "none",
+    return_grad: bool = False,
+    return_hess: bool = False,
+    grad_out: Array | None = None,
+    hess_out: Array | None = None,
+    n_threads: int | None = None,
+    validate: bool = True,
+) -> Call:
+    """Return the checked call of an operation with a target."""
+    has_extras = not (weight is sample_weight is where is grad_out is hess_out is None)
+    is_plain = type(logits) is type(target) is ndarray
+    if has_extras or not is_plain:
+        first, logits = logits, owner.view(logits, "logits")
+        target = check.view_target(owner, first, logits, target)
+        weight = None if weight is None else view(owner, first, weight, "weight")
+        sample_weight = None if sample_weight is None else view(owner, first, sample_weight, "sample_weight")
+        where = None if where is None else view(owner, first, where, "where")
+        grad_out = None if grad_out is None else view(owner, first, grad_out, "grad_out")
+        hess_out = None if hess_out is None else view(owner, first, hess_out, "hess_out")
+
+    if not is_plain or logits.dtype not in NATIVE_FLOATS:
+        logits = check.typed(logits, "logits", *check.FLOATS)
+    shape = logits.shape
+    ndim = len(shape)
+    if type(axis) is not int or not -ndim <= axis < ndim:
+        axis = check.class_axis(axis, ndim, "logits")
+    if axis < 0:
+        axis += ndim
+    n_classes = shape[axis]
+    if n_classes == 0:
+        raise ValueError(f"logits of shape {shape} has no classes: axis {axis} must have at least one")
+    rows = shape[:axis] + shape[axis + 1 :]
+
+    is_index = is_plain and target.shape == rows and target.dtype in NATIVE_INTEGERS
+    if not is_index:
+        target, is_index = check.target_mode(target, shape, axis, rows)
+        if op == "stats" and not is_index:
+            raise TypeError(
+                f"target has dtype {dtype_name(target.dtype)}: it must be integers of shape {rows}"
+            )
+    if type(ignore_index) is not int or ignore_index not in INT64:
+        ignore_index = check.label("ignore_index", ignore_index)
+    if type(validate) is not bool:
+        validate = check.flag("validate", validate)
+    if validate:
+        if not is_index:
+            check.values(owner, target, "target", finite=False)
+        elif (bad := owner.scan_labels(target, n_classes, ignore_index)) >= 0:
+            raise check.label_error(target, bad, n_classes, ignore_index)
+
+    if type(label_smoothing) is not float or label_smoothing != 0.0:
+        label_smoothing = check.real("label_smoothing", label_smoothing)
+    if type(temperature) is not float or temperature != 1.0:
+        temperature = check.real("temperature", temperature)
+    if softcap is not None:
+        softcap = check.real("softcap", softcap)
+    if type(z_loss) is not float or z_loss != 0.0:
+        z_loss = check.real("z_loss", z_loss)
+    if type(reduction) is not str or reduction not in REDUCTIONS:
+        reduction = check.reduction_name(reduction)
+    if type(return_grad) is not bool:
+        return_grad = check.flag("return_grad", return_grad)
+    if type(return_hess) is not bool:
+        return_hess = check.flag("return_hess", return_hess)
+    if n_threads is not None:
+        n_threads = check.thread_count("n_threads", n_threads)
+
+    if has_extras:
+        if weight is not None:
+            weight = check.class_weight(owner, weight, n_classes, validate)
+        if sample_weight is not None:
+            sample_weight = check.row_weight(owner, sample_weight, rows, validate)
+        if where is not None:
+            where = check.broadcast(check.typed(where, "where", "bool"), "where", shape, "logits")
+        if not (grad_out is hess_out is None):
+            check.asked((grad_out, return_grad, "grad"), (hess_out, return_hess, "hess"))
+            inputs = {"target": target, "weight": weight, "sample_weight": sample_weight, "where": where}
+            check.buffers(logits, "logits", {"grad_out": grad_out, "hess_out": hess_out}, inputs)
+
+    # fmt: off
+    return tuple.__new__(Call, (  # half the time of Call(...)
+        op, phi, phi_param, logits, axis, target, weight, sample_weight, where, ignore_index,
+        label_smoothing, temperature, softcap, z_loss, reduction, return_grad, return_hess,
+        grad_out, hess_out, n_threads, validate,
+    ))
+    # fmt: on
+
+
+def normalise_map(
+    owner: ModuleType,
+    op: str,
+    x: Array,
+    axis: int,
+    temperature: float = 1.0,
+    out: Array | None = None,
+    n_threads: int | None = None,
+) -> Call:
+    """Return the checked call of an operation on `x` alone."""
+    first, x = x, check.typed(owner.view(x, "x"), "x", *check.FLOATS)
+    axis = check.class_axis(axis, len(x.shape), "x")
+    if x.shape[axis] == 0:
+        raise ValueError(f"x of shape {x.shape} has no classes: axis {axis} must have at least one")
+    temperature = check.real("temperature", temperature)
+    n_threads = check.thread_count("n_threads", n_threads)
+    if out is not None:
+        out = view(owner, first, out, "out", first_name="x")
+        check.buffers(x, "x", {"out": out}, {})
+    # fmt: off
+    return Call(
+        op=op, phi="", phi_param=0.0, logits=x, axis=axis, target=None, weight=None, sample_weight=None,
+        where=None, ignore_index=-100, label_smoothing=0.0, temperature=temperature, softcap=None, z_loss=0.0,
+        reduction="none", return_grad=False, return_hess=False, grad_out=out, hess_out=None,
+        n_threads=n_threads, validate=True,
+    )
+    # fmt: on
+
+
+def finish(owner: ModuleType, call: Call, result: tuple[Array, Array | None, Array | None]) -> Any:
+    """Return the loss, or the tuple of it and what was asked for, as the caller's kind of array."""
+    loss, grad, hess = result
+    wrap = owner.wrap
+    if call.return_grad:
+        return (wrap(loss), wrap(grad), wrap(hess)) if call.return_hess else (wrap(loss), wrap(grad))
+    return (wrap(loss), wrap(hess)) if call.return_hess else wrap(loss)

@@ -1,0 +1,284 @@
+"""The checks of `_call.normalise` off its straight line: each coerces an argument, or explains what is wrong.
+
+Every message names the argument, what was received and what is allowed; for data, the first bad index and its
+value.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from numbers import Integral, Real
+from types import ModuleType
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy import ndarray
+from numpy.exceptions import AxisError, TooHardError
+
+from xce._backends._scan import BFLOAT16, widen
+from xce._dispatch import type_name, view
+from xce._errors import LabelError
+
+Array: TypeAlias = Any  # an array of any library that `_dispatch` knows
+
+REDUCTIONS = ("mean", "sum", "none")
+INT64 = range(-(2**63), 2**63)
+_OVERLAP_EFFORT = 100_000  # bounds NumPy's exact search for shared memory; past it, it counts as shared
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+# NumPy's own dtypes, in native byte order, need no look at their names.
+NATIVE_FLOATS = {np.dtype("float16"), BFLOAT16, np.dtype("float32"), np.dtype("float64")}
+NATIVE_INTEGERS = set(map(np.dtype, INTEGERS))
+
+
+# Arrays
+
+
+def dtype_name(dtype: Any) -> str:
+    """Return the name of a dtype of any library: ``"float32"``."""
+    if not isinstance(dtype, np.dtype):
+        return str(dtype).rpartition(".")[2]
+    return _dtype_names.get(dtype) or _dtype_names.setdefault(dtype, _dtype_text(dtype.newbyteorder("=")))
+
+
+_dtype_names: dict[np.dtype[Any], str] = {}
+
+
+def _dtype_text(dtype: Any) -> str:
+    return "bfloat16" if isinstance(dtype, np.dtype) and dtype == BFLOAT16 else str(dtype)
+
+
+def typed(x: Array, name: str, *allowed: str) -> Array:
+    """Return `x` in native byte order, if it has one of the allowed dtypes."""
+    if dtype_name(x.dtype) not in allowed:
+        raise TypeError(f"{name} has dtype {_dtype_text(x.dtype)}: allowed are {', '.join(allowed)}")
+    return x if getattr(x.dtype, "isnative", True) else x.astype(x.dtype.newbyteorder("="))
+
+
+def view_target(owner: ModuleType, first: Array, logits: Array, target: Array) -> Array:
+    """Return the target as `owner` computes on it; one label may be an integer, for logits of shape (C,)."""
+    if type(target) is not type(first) and isinstance(target, Integral) and not isinstance(target, bool):
+        from array_api_compat import array_namespace
+
+        return array_namespace(logits).asarray(int(target))
+    return view(owner, first, target, "target")
+
+
+def target_mode(
+    target: Array, shape: tuple[int, ...], axis: int, rows: tuple[int, ...]
+) -> tuple[Array, bool]:
+    """Return the target and whether it holds class indices; its dtype decides, and its shape must agree."""
+    name, found = dtype_name(target.dtype), target.shape
+    is_index = name in INTEGERS
+    expected = rows if is_index else shape
+    if (is_index or name in FLOATS) and found == expected:
+        return typed(target, "target", name), is_index
+    if not is_index and (name not in FLOATS or found == rows):
+        raise TypeError(
+            f"target has dtype {_dtype_text(target.dtype)} and shape {found}: allowed are integers of shape "
+            f"{rows} (class indices) and floats of shape {shape} (probabilities)"
+        )
+    hint = _index_hint(found, shape, rows) if is_index else ""
+    raise ValueError(
+        f"target of dtype {name} has shape {found} but must have {expected} for logits of shape {shape} "
+        f"and axis={axis}{hint}"
+    )
+
+
+def _index_hint(found: tuple[int, ...], shape: tuple[int, ...], rows: tuple[int, ...]) -> str:
+    """Return what probably is wrong with the shape of class indices."""
+    fits = [a for a in range(len(shape)) if shape[:a] + shape[a + 1 :] == found]
+    if fits:
+        return f"; it fits axis={fits[0]}: pass axis={fits[0]} if the classes lie there"
+    if found == shape:
+        return "; class indices have no class axis, and probabilities must be floats"
+    if len(found) > len(rows) and [n for n in found if n != 1] == [n for n in rows if n != 1]:
+        return "; squeeze it: target.squeeze()"
+    return ""
+
+
+def class_weight(owner: ModuleType, weight: Array, n_classes: int, validate: bool) -> Array:
+    """Return the checked class weights."""
+    weight = typed(weight, "weight", *FLOATS)
+    if weight.shape != (n_classes,):
+        raise ValueError(
+            f"weight has shape {weight.shape} but must have ({n_classes},), one weight per class"
+        )
+    if validate:
+        values(owner, weight, "weight", finite=True)
+    return weight
+
+
+def row_weight(owner: ModuleType, weight: Array, rows: tuple[int, ...], validate: bool) -> Array:
+    """Return the checked sample weights, broadcast to the rows."""
+    weight = typed(weight, "sample_weight", *FLOATS)
+    if validate:
+        values(owner, weight, "sample_weight", finite=True)
+    return broadcast(weight, "sample_weight", rows, "the rows")
+
+
+def broadcast(x: Array, name: str, shape: tuple[int, ...], what: str) -> Array:
+    """Return `x` broadcast to a shape that it does not enlarge."""
+    from array_api_compat import array_namespace
+
+    own = x.shape
+    if len(own) > len(shape) or any(n not in (1, m) for n, m in zip(own[::-1], shape[::-1], strict=False)):
+        raise ValueError(f"{name} has shape {own}, which does not broadcast to {shape}, the shape of {what}")
+    return array_namespace(x).broadcast_to(x, shape)
+
+
+def values(owner: ModuleType, x: Array, name: str, *, finite: bool) -> None:
+    """Refuse negative entries and NaN and, with `finite`, infinities."""
+    if (bad := owner.scan_values(x, finite)) >= 0:
+        place, value = _entry(widen(x), bad)
+        allowed = "finite and not negative" if finite else "not negative and not NaN"
+        raise ValueError(f"{name}{place} = {float(value):g} is not allowed: every entry must be {allowed}")
+
+
+def label_error(target: Array, flat: int, n_classes: int, ignore_index: int) -> LabelError:
+    """Return the error for the label at a flat C-order index."""
+    place, label = _entry(target, flat)
+    return LabelError(
+        f"target{place} = {int(label)} is out of range: labels of {n_classes} classes are "
+        f"0..{n_classes - 1}, or ignore_index={ignore_index}"
+    )
+
+
+def _entry(x: Array, flat: int) -> tuple[str, Any]:
+    """Return the text of a flat C-order index, ``[3, 7]``, and the entry there."""
+    index = tuple(int(i) for i in np.unravel_index(flat, x.shape))
+    return (f"[{', '.join(map(str, index))}]" if index else ""), x[index]
+
+
+# Buffers
+
+
+def asked(*buffers: tuple[Array | None, bool, str]) -> None:
+    """Refuse a buffer for what is not returned; each is (buffer, whether returned, name)."""
+    for buffer, asked, name in buffers:
+        if buffer is not None and not asked:
+            raise ValueError(f"{name}_out given but return_{name}=False: pass return_{name}=True")
+
+
+def buffers(logits: Array, name: str, buffers: dict[str, Array], inputs: dict[str, Array]) -> None:
+    """Refuse a buffer that cannot hold the result, or that shares memory with anything but itself.
+
+    The first buffer alone may be the logits, exactly: a row is read before it is written.
+    """
+    in_place = next(iter(buffers))
+    others = {name: logits} | {key: x for key, x in inputs.items() if x is not None}
+    for key, out in buffers.items():
+        if out is None:
+            continue
+        if out.shape != logits.shape:
+            raise ValueError(f"{key} has shape {out.shape} but must have {logits.shape}, the shape of {name}")
+        if out.dtype != logits.dtype:
+            found, expected = _dtype_text(out.dtype), _dtype_text(logits.dtype)
+            raise ValueError(f"{key} has dtype {found} but must have {expected}, the dtype of {name}")
+        if isinstance(out, ndarray):
+            if not out.flags.writeable:
+                raise ValueError(f"{key} is read-only: it must be writable")
+            if _overlaps_itself(out):
+                raise ValueError(f"{key} has strides {out.strides}: its entries must not share memory")
+        for other, x in others.items():
+            if _share_memory(out, x) and not (key == in_place and x is logits and _is_same(out, x)):
+                raise ValueError(
+                    f"{key} shares memory with {other}: a buffer must have memory of its own "
+                    f"(only {in_place}={name} is allowed, and exactly that)"
+                )
+        others[key] = out
+
+
+def _overlaps_itself(x: Array) -> bool:
+    """Whether two entries may share memory: exact for all that slicing, transposing and broadcasting make."""
+    if x.flags.c_contiguous or not x.size:
+        return False
+    span = x.itemsize
+    for stride, n in sorted((abs(stride), n) for stride, n in zip(x.strides, x.shape, strict=True) if n > 1):
+        if stride < span:
+            return True
+        span += stride * (n - 1)
+    return False
+
+
+def _share_memory(a: Array, b: Array) -> bool:
+    if not isinstance(a, ndarray):
+        return a is b
+    try:
+        return np.may_share_memory(a, b) and np.shares_memory(a, b, _OVERLAP_EFFORT)  # type: ignore[arg-type]
+    except TooHardError:
+        return True
+
+
+def _is_same(a: Array, b: Array) -> bool:
+    return a is b or (isinstance(a, ndarray) and a.strides == b.strides and a.ctypes.data == b.ctypes.data)
+
+
+# Options
+
+
+def class_axis(axis: Any, ndim: int, name: str) -> int:
+    """Return the axis as 0..ndim-1."""
+    if isinstance(axis, bool) or not isinstance(axis, Integral):
+        raise TypeError(f"axis is a {type_name(axis)}: it must be an integer")
+    if not -ndim <= int(axis) < ndim:
+        allowed = f"allowed are {-ndim}..{ndim - 1}" if ndim else "a class axis is needed"
+        raise AxisError(f"axis={axis} is out of range for {name} of {ndim} dimensions: {allowed}")
+    return int(axis) % ndim
+
+
+def label(name: str, value: Any) -> int:
+    """Return an option that is compared with labels."""
+    return _integer(name, value, INT64, "an integer, of 64 bits")
+
+
+def thread_count(name: str, value: Any) -> int | None:
+    """Return a bound on the number of threads, or None; far too many is not an error, it is clamped later."""
+    return (
+        None if value is None else _integer(name, value, range(1, 2**63), "None or an integer of at least 1")
+    )
+
+
+def _integer(name: str, value: Any, allowed: range, text: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} is a {type_name(value)}: it must be {text}")
+    if int(value) not in allowed:
+        raise ValueError(f"{name}={value} is not allowed: it must be {text}")
+    return int(value)
+
+
+_REAL_OPTIONS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "label_smoothing": (lambda x: 0.0 <= x <= 1.0, "in [0, 1]"),
+    "temperature": (lambda x: 0.0 < x < math.inf, "finite and greater than 0"),
+    "softcap": (lambda x: 0.0 < x < math.inf, "None, or finite and greater than 0"),
+    "z_loss": (lambda x: 0.0 <= x < math.inf, "finite and not negative"),
+}
+
+
+def real(name: str, value: Any) -> float:
+    """Return a real-valued option."""
+    is_allowed, text = _REAL_OPTIONS[name]
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
+        raise TypeError(f"{name} is a {type_name(value)}: it must be a number, {text}")
+    number = float(value)
+    if not is_allowed(number):
+        raise ValueError(f"{name}={value} is not allowed: it must be {text}")
+    return number
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return the value of a flag that is not a Python bool."""
+    if not isinstance(value, np.bool_):
+        raise TypeError(f"{name} is a {type_name(value)}: it must be True or False")
+    return bool(value)
+
+
+def reduction_name(value: Any) -> str:
+    """Return a reduction that is not plainly one of `REDUCTIONS`."""
+    text = f"it must be one of {', '.join(map(repr, REDUCTIONS))}"
+    if not isinstance(value, str):
+        raise TypeError(f"reduction is a {type_name(value)}: {text}")
+    if value not in REDUCTIONS:
+        raise ValueError(f"reduction={value!r} is unknown: {text}")
+    return str(value)

@@ -1,0 +1,76 @@
+"""Which backend owns an array: the type decides, and nothing is imported that the caller has not imported.
+
+A backend is a module of `xce._backends` with
+
+    view(x, name)       the caller's array as the array that is checked and computed on, sharing its memory
+    run(call)           the computation
+    wrap(result)        a result in the caller's own kind of array
+    scan_labels, scan_values    see `xce._backends._scan`
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+# Top-level package of an array's type (or of one of its bases) -> module in xce._backends.
+_BACKENDS = {"numpy": "numpy", "torch": "torch", "jax": "jax", "jaxlib": "jax", "cupy": "cupy"}
+
+# A method by which a type that is refused is recognised -> what its owner should do; the first match counts.
+_REFUSED = {
+    "filled": "a masked array has no mask here: fill it first, {name}.filled(value)",
+    "to_numpy": "convert it first, {name}.to_numpy()",
+    "toarray": "sparse arrays are not supported: convert it first, {name}.toarray()",
+    "todense": "sparse arrays are not supported: convert it first, {name}.todense()",
+    "compute": "lazy arrays are not supported: compute it first, {name}.compute()",
+}
+
+_owners: dict[type, ModuleType] = {}
+
+
+def owner_of(x: Any, name: str) -> ModuleType:
+    """Return the backend that owns `x`; `name` is the argument, for the error message."""
+    return _owners.get(type(x)) or _find(x, name)
+
+
+def view(owner: ModuleType, first: Any, x: Any, name: str, *, first_name: str = "logits") -> Any:
+    """Return `x` as `owner` computes on it; it must come from the library of the call's `first` array."""
+    if type(x) is not type(first) and (
+        owner_of(x, name) is not owner or _library(type(x)) != _library(type(first))  # two generic libraries
+    ):
+        raise TypeError(
+            f"{first_name} is a {type_name(first)} but {name} is a {type_name(x)}: all arrays of a "
+            "call must come from one library"
+        )
+    return owner.view(x, name)
+
+
+def type_name(x: Any) -> str:
+    """Return the type of `x` as users know it: ``numpy.ndarray``."""
+    kind = type(x)
+    package = kind.__module__.partition(".")[0]
+    return kind.__qualname__ if package == "builtins" else f"{package}.{kind.__qualname__}"
+
+
+def _library(kind: type) -> str | None:
+    packages = [base.__module__.partition(".")[0] for base in kind.__mro__]
+    return next((_BACKENDS[package] for package in packages if package in _BACKENDS), packages[0])
+
+
+def _find(x: Any, name: str) -> ModuleType:
+    hint = next((text for method, text in _REFUSED.items() if hasattr(x, method)), None)
+    backend = _library(type(x))
+    if hint is None and backend not in _BACKENDS.values():
+        from array_api_compat import is_array_api_obj
+
+        backend = "generic"
+        if not is_array_api_obj(x):
+            hint = "convert it first, numpy.asarray({name})"
+    if hint is not None:
+        raise TypeError(
+            f"{name} is a {type_name(x)}; allowed are arrays of NumPy, PyTorch, JAX, CuPy and other "
+            f"array-API libraries: {hint.format(name=name)}"
+        )
+    owner = _owners[type(x)] = import_module(f"xce._backends.{backend}")
+    return owner

@@ -1,0 +1,9 @@
+"""Errors of the library's own."""
+
+
+class LabelError(IndexError, ValueError):
+    """A class label is out of range.
+
+    It is an `IndexError`, as indexing the classes with it would raise, and a `ValueError`, as other
+    libraries raise for bad data. The message gives the position, the value and the range.
+    """
