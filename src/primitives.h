@@ -93,7 +93,7 @@ XCE_FN rmask r_eq(real a, real b) { return XCE_CMP(a, b, _CMP_EQ_OQ); }
 XCE_FN rmask r_not(rmask m) { return (rmask)~m; }
 XCE_FN rmask r_and(rmask a, rmask b) { return a & b; }
 XCE_FN rmask r_mask_of(ints nonzero) { return XCE_CMP((real)__builtin_convertvector(nonzero, real), (real){0}, _CMP_NEQ_OQ); }
-XCE_FN int r_first_set(rmask m) { return m ? __builtin_ctz(m) : XCE_LANES; }
+XCE_FN unsigned r_lanes_of(rmask m) { return m; }
 #else
 typedef ints rmask; /* every lane all ones or all zeros */
 XCE_FN rmask r_gt(real a, real b) { return a > b; }
@@ -112,21 +112,21 @@ XCE_FN rmask r_first_lanes(int n)
 XCE_FN real r_select(rmask m, real a, real b) { return (real)_mm256_blendv_pd((__m256d)b, (__m256d)a, (__m256d)m); }
 XCE_FN real r_max(real a, real b) { return (real)_mm256_max_pd((__m256d)a, (__m256d)b); }
 XCE_FN real r_fma(real a, real b, real c) { return (real)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
-XCE_FN int r_first_set(rmask m) { int s = _mm256_movemask_pd((__m256d)m); return s ? __builtin_ctz(s) : XCE_LANES; }
+XCE_FN unsigned r_lanes_of(rmask m) { return (unsigned)_mm256_movemask_pd((__m256d)m); }
 #elif defined(XCE_AVX2)
 XCE_FN real r_select(rmask m, real a, real b) { return (real)_mm256_blendv_ps((__m256)b, (__m256)a, (__m256)m); }
 XCE_FN real r_max(real a, real b) { return (real)_mm256_max_ps((__m256)a, (__m256)b); }
 XCE_FN real r_fma(real a, real b, real c) { return (real)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
-XCE_FN int r_first_set(rmask m) { int s = _mm256_movemask_ps((__m256)m); return s ? __builtin_ctz(s) : XCE_LANES; }
+XCE_FN unsigned r_lanes_of(rmask m) { return (unsigned)_mm256_movemask_ps((__m256)m); }
 #else
 XCE_FN real r_select(rmask m, real a, real b) { return r_from_bits((m & r_bits(a)) | (~m & r_bits(b))); }
 XCE_FN real r_max(real a, real b) { return r_select(r_gt(a, b), a, b); }
-XCE_FN int r_first_set(rmask m)
+XCE_FN unsigned r_lanes_of(rmask m)
 {
+    unsigned bits = 0;
     for (int i = 0; i < XCE_LANES; i++)
-        if (m[i])
-            return i;
-    return XCE_LANES;
+        bits |= (unsigned)(m[i] & 1) << i;
+    return bits;
 }
 XCE_FN real r_fma(real a, real b, real c)
 {
@@ -146,7 +146,8 @@ XCE_FN real r_fma(real a, real b, real c)
 #endif
 #endif
 
-/* r_max(a, b) is a > b ? a : b, that is b where either is NaN: r_max(x, running) skips NaN. */
+/* r_lanes_of: bit i is lane i.
+ * r_max(a, b) is a > b ? a : b, that is b where either is NaN: r_max(x, running) skips NaN. */
 XCE_FN rmask r_is_nan(real a) { return r_not(r_eq(a, a)); }
 XCE_FN real r_abs(real a) { return r_from_bits(r_bits(a) & ~((ints){0} + ((sint)1 << (sizeof(sint) * 8 - 1)))); }
 XCE_FN real r_iota(void)
@@ -156,13 +157,22 @@ XCE_FN real r_iota(void)
         a[i] = (scalar)i;
     return a;
 }
-XCE_FN scalar r_max_of_lanes(real a)
+XCE_FN scalar r_max_of_lanes(real a) /* no NaN among them */
 {
-    scalar m = a[0];
-    for (int i = 1; i < XCE_LANES; i++)
-        m = a[i] > m ? a[i] : m;
-    return m;
+#if defined(XCE_AVX512) && defined(XCE_STORAGE_float64)
+    return _mm512_reduce_max_pd((__m512d)a);
+#elif defined(XCE_AVX512)
+    return _mm512_reduce_max_ps((__m512)a);
+#else
+    scalar m[XCE_LANES];
+    memcpy(m, &a, sizeof m);
+    for (int width = XCE_LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; i++)
+            m[i] = m[i] > m[i + width] ? m[i] : m[i + width];
+    return m[0];
+#endif
 }
+XCE_FN int lowest_bit(unsigned bits) { return __builtin_ctz(bits); } /* bits != 0 */
 
 /* ---- memory ------------------------------------------------------------------------------------------------------ */
 
@@ -329,6 +339,67 @@ XCE_CALLED rmask r_gather_bytes(const char *p, ptrdiff_t stride, int n) /* a lan
         a[i] = i < n ? p[i * stride] != 0 : 0;
     return r_mask_of(a);
 }
+
+XCE_FN void prefetch(const char *p) { __builtin_prefetch(p); } /* any address will do */
+
+/* Turn LANES rows of n >= XCE_CORNER adjacent entries, `stride` bytes apart, into n vectors of scalars, and back. Blocks of
+ * XCE_CORNER by XCE_CORNER are turned in registers; the last ones overlap rather than leave a rest. */
+#if !XCE_STORAGE_IS_16_BIT
+typedef scalar corner __attribute__((vector_size(16)));
+#define XCE_CORNER ((int)(16 / sizeof(scalar)))
+#if defined(__clang__)
+#define XCE_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef sint corner_places __attribute__((vector_size(16)));
+#define XCE_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (corner_places){__VA_ARGS__})
+#endif
+XCE_FN void turn_corner(const char *from, ptrdiff_t from_stride, char *to, ptrdiff_t to_stride)
+{
+    corner r[XCE_CORNER];
+    for (int i = 0; i < XCE_CORNER; i++)
+        memcpy(&r[i], from + i * from_stride, sizeof r[i]);
+#if defined(XCE_STORAGE_float64)
+    corner t[2] = {XCE_SHUFFLE(r[0], r[1], 0, 2), XCE_SHUFFLE(r[0], r[1], 1, 3)};
+#else
+    corner low01 = XCE_SHUFFLE(r[0], r[1], 0, 4, 1, 5), low23 = XCE_SHUFFLE(r[2], r[3], 0, 4, 1, 5);
+    corner high01 = XCE_SHUFFLE(r[0], r[1], 2, 6, 3, 7), high23 = XCE_SHUFFLE(r[2], r[3], 2, 6, 3, 7);
+    corner t[4] = {XCE_SHUFFLE(low01, low23, 0, 1, 4, 5), XCE_SHUFFLE(low01, low23, 2, 3, 6, 7),
+                   XCE_SHUFFLE(high01, high23, 0, 1, 4, 5), XCE_SHUFFLE(high01, high23, 2, 3, 6, 7)};
+#endif
+    for (int i = 0; i < XCE_CORNER; i++)
+        memcpy(to + i * to_stride, &t[i], sizeof t[i]);
+}
+XCE_FN void turn_in(const char *rows, ptrdiff_t stride, ptrdiff_t n, real *vectors)
+{
+    for (int i = 0; i < XCE_LANES; i += XCE_CORNER)
+        for (ptrdiff_t c = 0; c < n; c += XCE_CORNER) {
+            ptrdiff_t at = c + XCE_CORNER <= n ? c : n - XCE_CORNER;
+            turn_corner(rows + i * stride + at * (ptrdiff_t)sizeof(scalar), stride,
+                        (char *)vectors + at * (ptrdiff_t)sizeof(real) + i * (ptrdiff_t)sizeof(scalar), sizeof(real));
+        }
+}
+XCE_FN void turn_out(const real *vectors, ptrdiff_t n, char *rows, ptrdiff_t stride)
+{
+    for (int i = 0; i < XCE_LANES; i += XCE_CORNER)
+        for (ptrdiff_t c = 0; c < n; c += XCE_CORNER) {
+            ptrdiff_t at = c + XCE_CORNER <= n ? c : n - XCE_CORNER;
+            turn_corner((const char *)vectors + at * (ptrdiff_t)sizeof(real) + i * (ptrdiff_t)sizeof(scalar), sizeof(real),
+                        rows + i * stride + at * (ptrdiff_t)sizeof(scalar), stride);
+        }
+}
+#else
+#define XCE_CORNER 0 /* the conversion costs more than the turning */
+XCE_FN void turn_in(const char *rows, ptrdiff_t stride, ptrdiff_t n, real *vectors)
+{
+    for (ptrdiff_t c = 0; c < n; c++)
+        vectors[c] = r_gather(rows + c * (ptrdiff_t)sizeof(storage), stride, XCE_LANES, 0);
+}
+XCE_FN void turn_out(const real *vectors, ptrdiff_t n, char *rows, ptrdiff_t stride)
+{
+    for (ptrdiff_t c = 0; c < n; c++)
+        r_scatter(rows + c * (ptrdiff_t)sizeof(storage), stride, vectors[c], XCE_LANES);
+}
+#endif
 
 /* ---- elementary functions ---------------------------------------------------------------------------------------- */
 

@@ -115,8 +115,8 @@ error("logits structured", TypeError, "logits has dtype [(", np.zeros((4, 3), [(
 error("logits 0-d", AxisError, "axis=-1 is out of range for logits of 0 dimensions", np.float32(1), 0)
 error("logits without classes", ValueError, "logits of shape (4, 0) has no classes", X[:, :0], Y)
 error("logits masked", TypeError, "logits is a numpy.MaskedArray; allowed are arrays of NumPy, PyTorch, JAX, "
-      "CuPy and other array-API libraries: a masked array has no mask here: fill it first, logits.filled(value)",
-      np.ma.masked_array(X), Y)  # fmt: skip
+      "CuPy and other array-API libraries: a masked array has no mask here: fill it first, "
+      "logits.filled(value)", np.ma.masked_array(X), Y)  # fmt: skip
 error("labels masked", TypeError, "target.filled(value)", X, np.ma.masked_array(Y))
 error("logits list", TypeError, "logits is a list", X.tolist(), Y)
 error("logits tuple", TypeError, "numpy.asarray(logits)", (1.0, 2.0), 0)

@@ -36,6 +36,7 @@ cdef extern from "formulas.h" nogil:
         VIRTUAL "XCE_VIRTUAL"
         VECTORS "XCE_VECTORS"
         STORAGE_IS_16_BIT "XCE_STORAGE_IS_16_BIT"
+        CORNER "XCE_CORNER"
         PHI_COUNT "XCE_PHI_COUNT"
         PHI_CROSS_ENTROPY "PHI_cross_entropy"
     const scalar INF "XCE_INF"
@@ -70,19 +71,23 @@ cdef extern from "formulas.h" nogil:
     rmask r_eq(real a, real b)
     rmask r_not(rmask m)
     rmask r_first_lanes(int n)
-    int r_first_set(rmask m)
+    unsigned r_lanes_of(rmask m)
+    int lowest_bit(unsigned bits)
     real r_select(rmask m, real a, real b)
     scalar r_max_of_lanes(real a)
     real r_load_scalars(const scalar *p)
     void r_store_scalars(scalar *p, real a)
     scalar s_load(const storage *p)
     void s_store(storage *p, scalar a)
+    void prefetch(const char *p)
     real r_load(const storage *p)
     real r_load_part(const storage *p, int n, scalar fill)
     void r_store(storage *p, real a)
     void r_store_part(storage *p, real a, int n)
     real r_gather(const char *p, Py_ssize_t stride, int n, scalar fill)
     void r_scatter(char *p, Py_ssize_t stride, real a, int n)
+    void turn_in(const char *rows, Py_ssize_t stride, Py_ssize_t n, real *vectors)
+    void turn_out(const real *vectors, Py_ssize_t n, char *rows, Py_ssize_t stride)
     rmask r_gather_bytes(const char *p, Py_ssize_t stride, int n)
     exp_reference r_exp_reference(real max)
     real r_exp_relative(real x, exp_reference ref)
@@ -125,6 +130,11 @@ cdef enum:
     SUM_STATS = 2          # exp; exp (max - x); logits above the label's
     SUM_PHI = 3            # d phi; d phi'; d phi''
 
+    # Where exp waits for step 3
+    FORGET = 0
+    IN_GRAD = 1            # in the memory of the gradient, side by side
+    STAGED = 2             # on the stage
+
     # How much of the generality is compiled in; all levels give the same bits where they apply
     SPARSE = 0             # a label and nothing else: dense coefficients are all 0
     DENSE = 1              # probabilities or smoothing, phi linear
@@ -132,7 +142,7 @@ cdef enum:
 
 # Tuning, measured on two cores of an AMD EPYC (Zen 4); ARCHITECTURE.md tells how:
 cdef enum:
-    MANY_UP_TO = 64        # classes
+    MANY_UP_TO = 128        # classes
     MANY_AT_MOST = 16777216  # classes; beyond, a float32 lane cannot hold the index of the top entry
     STAGE = 1024           # vectors kept between the readings: 64 KiB a thread at most
     UNIT_LOGITS = 32768    # a thread's portion ...
@@ -158,6 +168,8 @@ cdef struct Job:
     int outer_axes
     Py_ssize_t outer_shape[MAX_AXES]
     Operand at[OPERANDS]
+    int used[OPERANDS]                 # which of them there are
+    int n_used
     int label_kind
     long long ignore_index
     const scalar *weight
@@ -192,7 +204,7 @@ cdef struct View:
     Py_ssize_t lane[ENTRY_OPERANDS]    # bytes from a lane to the next
     const real *kept_logits            # what is kept between the readings, or NULL;
     real *kept_exp                     # both may be the same memory
-    bint exp_in_grad                   # exp waits in the gradient's own memory
+    real *turned_grad                  # where the gradient waits to be turned into rows, or NULL
     Py_ssize_t top                     # wide
     real tops                          # many
     real max, share, label_logit
@@ -217,15 +229,21 @@ cdef inline void put(char *p, Py_ssize_t lane, real a, int n, bint adjacent) noe
         r_store_part(<storage *>p, a, n)
 
 
+cdef inline Py_ssize_t place_of(const View *v, int operand, Py_ssize_t c, bint wide, int level) noexcept nogil:
+    """Bytes from class 0 to class c; the stride is a constant where classes lie side by side."""
+    return c * (<Py_ssize_t>sizeof(storage) if wide and level != FULL else v.step[operand])
+
+
 cdef inline rmask remaining(const View *v, Py_ssize_t c, int n) noexcept nogil:
     return r_gather_bytes(v.at[WHERE] + c * v.step[WHERE], v.lane[WHERE], n)
 
 
-cdef real logits_full(const Job *job, const View *v, Py_ssize_t c, int n, bint wide) noexcept nogil:
-    cdef real x
-    if not wide and v.kept_logits != NULL:
-        return v.kept_logits[c]
-    x = fetch(v.at[X] + c * v.step[X], v.lane[X], n, -INF if wide else 0, False)
+cdef inline real raw_logits(const View *v, Py_ssize_t c, int n, bint wide) noexcept nogil:
+    return fetch(v.at[X] + c * v.step[X], v.lane[X], n, -INF if wide else 0, False)
+
+
+cdef real transformed(const Job *job, const View *v, Py_ssize_t c, int n, real x) noexcept nogil:
+    """Raw logits as the loss takes them; removed classes are -inf."""
     if job.transforms:
         x = transform_logit(job.transform, x)
     if v.at[WHERE] != NULL:
@@ -235,11 +253,11 @@ cdef real logits_full(const Job *job, const View *v, Py_ssize_t c, int n, bint w
 
 cdef inline real logits(const Job *job, const View *v, Py_ssize_t c, int n, bint wide, int level) noexcept nogil:
     """Logits from class c on; -inf past the end of a row."""
-    if level == FULL:
-        return logits_full(job, v, c, n, wide)
     if not wide and v.kept_logits != NULL:
         return v.kept_logits[c]
-    return fetch(v.at[X] + c * v.step[X], v.lane[X], n, -INF if wide else 0, wide)
+    if level == FULL:
+        return transformed(job, v, c, n, raw_logits(v, c, n, wide))
+    return fetch(v.at[X] + place_of(v, X, c, wide, level), v.lane[X], n, -INF if wide else 0, wide)
 
 
 cdef inline real coefficients(const Job *job, const View *v, Py_ssize_t c, int n, bint wide, int level) noexcept nogil:
@@ -248,7 +266,7 @@ cdef inline real coefficients(const Job *job, const View *v, Py_ssize_t c, int n
     if v.at[Q] != NULL:
         d = r_fma(
             r_set(1 - job.label_smoothing),
-            fetch(v.at[Q] + c * v.step[Q], v.lane[Q], n, 0, wide and level != FULL),
+            fetch(v.at[Q] + place_of(v, Q, c, wide, level), v.lane[Q], n, 0, wide and level != FULL),
             d,
         )
     if job.weight != NULL:
@@ -277,7 +295,7 @@ cdef inline real without_top(const View *v, real a, Py_ssize_t c, bint wide) noe
 
 
 cdef inline void terms(
-    const Job *job, const View *v, Py_ssize_t c, int n, bint wide, int level, int kind, bint skip_top, real *out
+    const Job *job, const View *v, Py_ssize_t c, int n, bint wide, int level, int kind, int keep, bint skip_top, real *out
 ) noexcept nogil:
     """What an entry adds to the sums of its row; the top entry adds nothing."""
     cdef real x = logits(job, v, c, n, wide, level), e = r_exp_relative(x, v.ref), d
@@ -290,9 +308,9 @@ cdef inline void terms(
         d = coefficients(job, v, c, n, wide, level)
         out[0], out[1], out[2] = weighted(d, phi.value), weighted(d, phi.d1), weighted(d, phi.d2)
     else:
-        if wide and v.exp_in_grad:
-            put(v.at[GRAD] + c * v.step[GRAD], v.lane[GRAD], e, n, True)
-        elif v.kept_exp != NULL:
+        if keep == IN_GRAD:
+            put(v.at[GRAD] + place_of(v, GRAD, c, wide, level), v.lane[GRAD], e, n, True)
+        elif keep == STAGED:
             v.kept_exp[c // LANES if wide else c] = e
         out[0] = e
         if kind == SUM_LINEAR:
@@ -308,12 +326,14 @@ cdef inline void terms(
 
 
 cdef void terms_full(
-    const Job *job, const View *v, Py_ssize_t c, int n, bint wide, int kind, real *out
+    const Job *job, const View *v, Py_ssize_t c, int n, bint wide, int kind, int keep, real *out
 ) noexcept nogil:
-    terms(job, v, c, n, wide, FULL, kind, True, out)
+    terms(job, v, c, n, wide, FULL, kind, keep, True, out)
 
 
-cdef inline void write(const Job *job, const View *v, Py_ssize_t c, int n, bint wide, int level) noexcept nogil:
+cdef inline void write(
+    const Job *job, const View *v, Py_ssize_t c, int n, bint wide, int level, int keep
+) noexcept nogil:
     """The outputs of the entries, from what row_finish found for their rows."""
     cdef bint dense = level == DENSE or (level == FULL and job.dense)
     cdef real x, e, d, p, g, h
@@ -321,11 +341,11 @@ cdef inline void write(const Job *job, const View *v, Py_ssize_t c, int n, bint 
     cdef jet phi
     if job.what == LOG_SOFTMAX:
         g = (logits(job, v, c, n, wide, level) - v.max) - v.log_z
-        put(v.at[GRAD] + c * v.step[GRAD], v.lane[GRAD], g, n, wide and level != FULL)
+        put(v.at[GRAD] + place_of(v, GRAD, c, wide, level), v.lane[GRAD], g, n, wide and level != FULL)
         return
-    if wide and v.exp_in_grad:
-        e = fetch(v.at[GRAD] + c * v.step[GRAD], v.lane[GRAD], n, 0, True)
-    elif v.kept_exp != NULL:
+    if keep == IN_GRAD:
+        e = fetch(v.at[GRAD] + place_of(v, GRAD, c, wide, level), v.lane[GRAD], n, 0, True)
+    elif keep == STAGED:
         e = v.kept_exp[c // LANES if wide else c]
     else:
         x = logits(job, v, c, n, wide, level)
@@ -354,13 +374,15 @@ cdef inline void write(const Job *job, const View *v, Py_ssize_t c, int n, bint 
         g = r_select(v.active, g, r_set(0))
         h = r_select(v.active, h, r_set(0))
     if job.want_hess:
-        put(v.at[HESS] + c * v.step[HESS], v.lane[HESS], h, n, wide and level != FULL)
-    if job.want_grad:
-        put(v.at[GRAD] + c * v.step[GRAD], v.lane[GRAD], g, n, wide and level != FULL)
+        put(v.at[HESS] + place_of(v, HESS, c, wide, level), v.lane[HESS], h, n, wide and level != FULL)
+    if not wide and v.turned_grad != NULL:
+        v.turned_grad[c] = g
+    elif job.want_grad:
+        put(v.at[GRAD] + place_of(v, GRAD, c, wide, level), v.lane[GRAD], g, n, wide and level != FULL)
 
 
-cdef void write_full(const Job *job, const View *v, Py_ssize_t c, int n, bint wide) noexcept nogil:
-    write(job, v, c, n, wide, FULL)
+cdef void write_full(const Job *job, const View *v, Py_ssize_t c, int n, bint wide, int keep) noexcept nogil:
+    write(job, v, c, n, wide, FULL, keep)
 
 
 # ---- rows --------------------------------------------------------------------------------------------------------------
@@ -380,10 +402,11 @@ cdef inline real sum_of(real high, real low) noexcept nogil:
 
 
 cdef inline void reduce(
-    const Job *job, const View *v, bint wide, int level, int kind, int n_terms, real *sums
+    const Job *job, const View *v, bint wide, int level, int kind, int keep, real *sums
 ) noexcept nogil:
     """The sums of a row, in every lane (wide), or of each lane's row (many)."""
     cdef Py_ssize_t n_classes = job.n_classes, block, c
+    cdef int n_terms = 1 if kind == SUM_EXP else TERMS
     cdef int n_lanes = VECTORS if wide else VIRTUAL, lane_step = LANES if wide else 1
     cdef int lane, j, t, n, present
     cdef bint plain
@@ -408,7 +431,8 @@ cdef inline void reduce(
                 break
             if plain:
                 for j in range(BLOCK):
-                    terms(job, v, c + j * VIRTUAL, LANES, wide, level, kind, False, entry)
+                    prefetch(v.at[X] + job.at[X].rows + (c + j * VIRTUAL) * <Py_ssize_t>sizeof(storage))
+                    terms(job, v, c + j * VIRTUAL, LANES, wide, level, kind, keep, False, entry)
                     for t in range(n_terms):
                         block_terms[t][j] = entry[t]
             else:
@@ -416,11 +440,15 @@ cdef inline void reduce(
                 for j in range(present):
                     n = <int>min(<Py_ssize_t>LANES, n_classes - c - j * VIRTUAL) if wide else LANES
                     if level == FULL:
-                        terms_full(job, v, c + j * VIRTUAL, n, wide, kind, entry)
+                        terms_full(job, v, c + j * VIRTUAL, n, wide, kind, keep, entry)
                     else:
-                        terms(job, v, c + j * VIRTUAL, n, wide, level, kind, True, entry)
+                        terms(job, v, c + j * VIRTUAL, n, wide, level, kind, keep, True, entry)
                     for t in range(n_terms):
                         block_terms[t][j] = entry[t]
+                if present == 1:
+                    for t in range(n_terms):  # adding zeros changes nothing
+                        total[t][lane] = r_sum_add(total[t][lane], entry[t])
+                    continue
                 for t in range(n_terms):
                     for j in range(present, BLOCK):
                         block_terms[t][j] = r_set(0)
@@ -433,14 +461,16 @@ cdef inline void reduce(
                 r_store_scalars(&high[lane * LANES], total[t][lane].high)
                 r_store_scalars(&low[lane * LANES], total[t][lane].low)
             pairwise(high)
-            pairwise(low)
+            if n_classes > BLOCK * VIRTUAL:  # else 0
+                pairwise(low)
             sums[t] = sum_of(r_set(high[0]), r_set(low[0]))
         else:
             n = VIRTUAL // 2
             while n > 0:
-                for lane in range(n):
+                for lane in range(<int>min(<Py_ssize_t>n, n_classes - n)):  # the others are 0
                     total[t][lane].high = total[t][lane].high + total[t][lane + n].high
-                    total[t][lane].low = total[t][lane].low + total[t][lane + n].low
+                    if n_classes > BLOCK * VIRTUAL:
+                        total[t][lane].low = total[t][lane].low + total[t][lane + n].low
                 n //= 2
             sums[t] = sum_of(total[t][0].high, total[t][0].low)
 
@@ -453,6 +483,8 @@ cdef inline void find_top_wide(const Job *job, View *v, int level, scalar *maxim
     cdef real best_block[VECTORS]
     cdef real greatest, m
     cdef rmask newer
+    cdef scalar blocks[LANES]
+    cdef unsigned lanes
     for k in range(VECTORS):
         best[k] = r_set(-INF)
         best_block[k] = r_set(0)
@@ -470,64 +502,65 @@ cdef inline void find_top_wide(const Job *job, View *v, int level, scalar *maxim
                         n = LANES if c + LANES <= n_classes else <int>(n_classes - c)
                         greatest = r_max(logits(job, v, c, n, True, level), greatest)
             newer = r_gt(greatest, best[k])
-            best[k] = r_select(newer, greatest, best[k])
+            best[k] = r_max(greatest, best[k])
             best_block[k] = r_select(newer, r_set(<scalar>(block // (BLOCK * VIRTUAL))), best_block[k])
         block += BLOCK * VIRTUAL
     greatest = best[0]
     for k in range(1, VECTORS):
         greatest = r_max(best[k], greatest)
     maximum[0] = r_max_of_lanes(greatest)
-    # the first block among those whose lane reached the maximum; then the first place in it
-    greatest = r_set(-INF)
-    for k in range(VECTORS):
-        greatest = r_max(r_select(r_eq(best[k], r_set(maximum[0])), r_set(0) - best_block[k], r_set(-INF)), greatest)
-    m = r_set(maximum[0])
     top[0] = 0
     if maximum[0] == -INF:
         return
-    c = <Py_ssize_t>(-r_max_of_lanes(greatest)) * BLOCK * VIRTUAL
+    # the first block among those of the lanes that reached the maximum; then the first place in it
+    m = r_set(maximum[0])
+    first = n_classes
+    for k in range(VECTORS):
+        lanes = r_lanes_of(r_eq(best[k], m))
+        r_store_scalars(blocks, best_block[k])
+        while lanes:
+            first = min(first, <Py_ssize_t>blocks[lowest_bit(lanes)])
+            lanes &= lanes - 1
+    c = first * BLOCK * VIRTUAL
     while c < n_classes:
         n = LANES if c + LANES <= n_classes else <int>(n_classes - c)
-        k = r_first_set(r_eq(logits(job, v, c, n, True, level), m))
-        if k < LANES:
-            top[0] = c + k
+        lanes = r_lanes_of(r_eq(logits(job, v, c, n, True, level), m))
+        if lanes:
+            top[0] = c + lowest_bit(lanes)
             return
         c += LANES
+
+
+cdef inline bint lies_in_rows(const Job *job, const char *data, int operand, int n) noexcept nogil:
+    """Whether a full tile of an operand lies in rows of adjacent classes, to be turned block by block."""
+    return (
+        data != NULL and n == LANES and job.n_classes >= CORNER
+        and job.at[operand].classes == sizeof(storage) and job.at[operand].rows != sizeof(storage)
+    )
 
 
 cdef inline void find_top_many(
     const Job *job, View *v, int n, int level, real *stage, real *maximum, real *top
 ) noexcept nogil:
     """The same for a row in each lane; keeps the logits in `stage` if there is one."""
-    cdef Py_ssize_t c, i
-    cdef real x, best = r_set(-INF), place = r_set(0)
-    cdef rmask newer
-    cdef scalar *entries = <scalar *>stage
-    cdef bint turned = stage != NULL and v.lane[X] != sizeof(storage)
+    cdef Py_ssize_t c
+    cdef real x, best = r_set(-INF), place = r_set(0), index = r_set(0)
+    cdef bint turned = stage != NULL and lies_in_rows(job, v.at[X], X, n)
     if turned:
-        # rows lie one after the other: turn the tile, reading each row as it lies
-        for i in range(n):
-            for c in range(job.n_classes):
-                entries[c * LANES + i] = s_load(<const storage *>(v.at[X] + i * v.lane[X] + c * v.step[X]))
-        for i in range(n, LANES):
-            for c in range(job.n_classes):
-                entries[c * LANES + i] = 0
+        turn_in(v.at[X], v.lane[X], job.n_classes, stage)
+        v.kept_logits = stage
     for c in range(job.n_classes):
-        if turned:
+        if level == FULL:
+            x = transformed(job, v, c, n, stage[c] if turned else raw_logits(v, c, n, False))
+        elif turned:
             x = stage[c]
-            if level == FULL:
-                if job.transforms:
-                    x = transform_logit(job.transform, x)
-                if v.at[WHERE] != NULL:
-                    x = r_select(remaining(v, c, n), x, r_set(-INF))
-                stage[c] = x
         else:
-            x = logits(job, v, c, n, False, level)
-            if stage != NULL:
-                stage[c] = x
-        newer = r_gt(x, best)
-        best = r_select(newer, x, best)
-        place = r_select(newer, r_set(<scalar>c), place)
+            x = raw_logits(v, c, n, False)
+        if stage != NULL:
+            stage[c] = x
+        place = r_select(r_gt(x, best), index, place)
+        best = r_max(x, best)
+        index = index + r_set(1)
     maximum[0], top[0] = best, place
 
 
@@ -613,32 +646,31 @@ cdef inline void open_tile(const Job *job, Tile *tile, Py_ssize_t row, int n) no
     cdef Label label
     cdef int i, k, axis
     tile.n = n
-    for k in range(OPERANDS):
-        tile.at[k] = job.at[k].data
-        if tile.at[k] != NULL:
-            tile.at[k] += inner * job.at[k].rows
+    for i in range(OPERANDS):
+        tile.at[i] = NULL
+    for i in range(job.n_used):
+        k = job.used[i]
+        tile.at[k] = job.at[k].data + inner * job.at[k].rows
     for axis in range(job.outer_axes - 1, -1, -1):
         index = outer % job.outer_shape[axis]
         outer //= job.outer_shape[axis]
-        for k in range(OPERANDS):
-            if tile.at[k] != NULL:
-                tile.at[k] += index * job.at[k].outer[axis]
+        for i in range(job.n_used):
+            k = job.used[i]
+            tile.at[k] += index * job.at[k].outer[axis]
     for i in range(LANES):
         tile.status[i], tile.label[i], tile.top[i] = ACTIVE, -1, 0
         tile.share[i], tile.sample[i], tile.max[i], tile.label_logit[i] = job.share, 1, 0, 0
-        for k in range(TERMS):
-            tile.sums[k][i] = 0
-    for i in range(n):
-        if tile.at[LABEL] != NULL:
+        tile.sums[0][i], tile.sums[1][i], tile.sums[2][i] = 0, 0, 0
+    if tile.at[LABEL] != NULL:
+        for i in range(n):
             label = label_at(
                 tile.at[LABEL] + i * job.at[LABEL].rows, job.label_kind, job.n_classes, job.ignore_index
             )
             tile.label[i] = label.value
             # the statistics of a row want no label
             tile.status[i] = label.status if job.what == LOSS else ACTIVE
-            if label.value >= 0:
-                tile.label_logit[i] = logit_of(job, tile, i, tile.label[i])
-        if tile.at[SAMPLE] != NULL:
+    if tile.at[SAMPLE] != NULL:
+        for i in range(n):
             tile.sample[i] = (<const scalar *>(tile.at[SAMPLE] + i * job.at[SAMPLE].rows))[0]
     if job.at[WHERE].data != NULL and job.label_smoothing != 0:
         for i in range(n):
@@ -657,7 +689,7 @@ cdef inline void look(const Job *job, const Tile *tile, View *v, int i, bint wid
         v.lane[k] = job.at[k].classes if wide else job.at[k].rows
         if wide and v.at[k] != NULL:
             v.at[k] += i * job.at[k].rows
-    v.kept_logits, v.kept_exp, v.exp_in_grad = NULL, NULL, False
+    v.kept_logits, v.kept_exp, v.turned_grad = NULL, NULL, NULL
 
 
 cdef inline void finish(const Job *job, Tile *tile) noexcept nogil:
@@ -714,8 +746,8 @@ cdef inline void finish(const Job *job, Tile *tile) noexcept nogil:
 
 # ---- tiles -------------------------------------------------------------------------------------------------------------
 
-cdef inline void set_outputs(const Job *job, const Tile *tile, View *v, int i, bint wide) noexcept nogil:
-    """What step 3 needs of the rows, from the lanes of the tile: each its own (many), or row i's in every lane (wide)."""
+cdef inline void set_outputs(const Job *job, const Tile *tile, View *v) noexcept nogil:
+    """What step 3 needs of the rows, each in its lane."""
     cdef real sample = r_load_scalars(tile.sample), zero = r_set(0)
     v.factor = sample * r_set(job.scale)
     v.inverse, v.log_z, v.max = tile.state.inverse, tile.state.log_z, tile.state.max
@@ -727,10 +759,14 @@ cdef inline void set_outputs(const Job *job, const Tile *tile, View *v, int i, b
     v.out_hess1 = (zero - v.b) * v.factor
     v.out_hess2 = (v.b + v.d) * v.factor
     v.share = r_load_scalars(tile.share)
-    if wide:
-        v.factor, v.inverse, v.log_z, v.max = lane(v.factor, i), lane(v.inverse, i), lane(v.log_z, i), lane(v.max, i)
-        v.out_exp, v.out_hess1, v.out_hess2 = lane(v.out_exp, i), lane(v.out_hess1, i), lane(v.out_hess2, i)
-        v.share = lane(v.share, i)
+    v.ref = r_exp_reference(v.max)
+
+
+cdef inline void pick_row(View *v, int i) noexcept nogil:
+    """Row i's in every lane."""
+    v.factor, v.inverse, v.log_z, v.max = lane(v.factor, i), lane(v.inverse, i), lane(v.log_z, i), lane(v.max, i)
+    v.out_exp, v.out_hess1, v.out_hess2 = lane(v.out_exp, i), lane(v.out_hess1, i), lane(v.out_hess2, i)
+    v.share = lane(v.share, i)
     v.ref = r_exp_reference(v.max)
 
 
@@ -782,14 +818,20 @@ cdef inline void clear_row(const Job *job, const Tile *tile, int i) noexcept nog
 
 
 cdef inline void wide_tile(const Job *job, Tile *tile, int level, real *stage) noexcept nogil:
+    cdef Py_ssize_t vectors = (job.n_classes + LANES - 1) // LANES
+    cdef bint keeps = job.writes and job.what != LOG_SOFTMAX and (job.linear or not job.dense)
+    if keeps and level != FULL and job.want_grad and not STORAGE_IS_16_BIT:
+        wide_rows(job, tile, level, IN_GRAD, stage)
+    elif keeps and (level == FULL or STORAGE_IS_16_BIT) and tile.n * vectors <= STAGE:
+        wide_rows(job, tile, level, STAGED, stage)
+    else:
+        wide_rows(job, tile, level, FORGET, stage)
+
+
+cdef inline void wide_rows(const Job *job, Tile *tile, int level, int keep, real *stage) noexcept nogil:
     cdef Py_ssize_t c, n_classes = job.n_classes, whole = n_classes - n_classes % LANES
     cdef Py_ssize_t vectors = (n_classes + LANES - 1) // LANES
-    cdef int kind = first_reading(job, level), n_terms = 1 if kind == SUM_EXP else TERMS, i, t
-    cdef bint in_grad = level != FULL and job.want_grad and job.what != LOG_SOFTMAX and not STORAGE_IS_16_BIT
-    cdef bint staged = (
-        job.writes and job.what != LOG_SOFTMAX and not in_grad and tile.n * vectors <= STAGE
-        and (job.linear or not job.dense)
-    )
+    cdef int kind = first_reading(job, level), i
     cdef View v
     cdef real sums[TERMS]
     for i in range(tile.n):
@@ -797,25 +839,28 @@ cdef inline void wide_tile(const Job *job, Tile *tile, int level, real *stage) n
             continue
         look(job, tile, &v, i, True)
         find_top_wide(job, &v, level, &tile.max[i], &tile.top[i])
+        if tile.label[i] >= 0:
+            tile.label_logit[i] = logit_of(job, tile, i, tile.label[i])
         v.top = tile.top[i]
         v.max = r_set(tile.max[i])
         v.ref = r_exp_reference(v.max)
         v.share, v.label_logit = r_set(tile.share[i]), r_set(tile.label_logit[i])
-        v.exp_in_grad = in_grad
-        v.kept_exp = stage + i * vectors if staged else NULL
-        reduce(job, &v, True, level, kind, n_terms, sums)
-        for t in range(n_terms):
-            tile.sums[t][i] = first_lane(sums[t])
+        v.kept_exp = stage + i * vectors
+        reduce(job, &v, True, level, kind, keep, sums)
+        tile.sums[0][i] = first_lane(sums[0])
+        if kind != SUM_EXP:
+            tile.sums[1][i], tile.sums[2][i] = first_lane(sums[1]), first_lane(sums[2])
     tile.state = row_close(r_load_scalars(tile.max), r_load_scalars(tile.sums[0]))
     if level == FULL and job.dense and not job.linear:
         for i in range(tile.n):
             if tile.status[i] != IGNORED:
                 look(job, tile, &v, i, True)
-                set_outputs(job, tile, &v, i, True)
+                set_outputs(job, tile, &v)
+                pick_row(&v, i)
                 v.top = tile.top[i]
-                reduce(job, &v, True, level, SUM_PHI, TERMS, sums)
-                for t in range(TERMS):
-                    tile.phi_sums[t][i] = first_lane(sums[t])
+                reduce(job, &v, True, level, SUM_PHI, FORGET, sums)
+                tile.phi_sums[0][i], tile.phi_sums[1][i] = first_lane(sums[0]), first_lane(sums[1])
+                tile.phi_sums[2][i] = first_lane(sums[2])
     if job.what == LOSS:
         finish(job, tile)
     if not job.writes:
@@ -825,62 +870,93 @@ cdef inline void wide_tile(const Job *job, Tile *tile, int level, real *stage) n
             clear_row(job, tile, i)
             continue
         look(job, tile, &v, i, True)
-        set_outputs(job, tile, &v, i, True)
-        v.exp_in_grad = in_grad
-        v.kept_exp = stage + i * vectors if staged else NULL
+        set_outputs(job, tile, &v)
+        pick_row(&v, i)
+        v.kept_exp = stage + i * vectors
         c = 0
         while c < n_classes:
             if level == FULL:
-                write_full(job, &v, c, <int>min(n_classes - c, <Py_ssize_t>LANES), True)
+                write_full(job, &v, c, <int>min(n_classes - c, <Py_ssize_t>LANES), True, keep)
             elif c < whole:
-                write(job, &v, c, LANES, True, level)
+                write(job, &v, c, LANES, True, level, keep)
             else:
-                write(job, &v, c, <int>(n_classes - c), True, level)
+                write(job, &v, c, <int>(n_classes - c), True, level, keep)
             c += LANES
     if job.what == LOSS:
         set_entries(job, tile)
 
 
+cdef inline void prefetch_next(const Job *job, const Tile *tile) noexcept nogil:
+    """Fetch the rows after these while these are computed on."""
+    cdef Py_ssize_t i, c, size = job.n_classes * <Py_ssize_t>sizeof(storage)
+    cdef const char *p = tile.at[X] + tile.n * job.at[X].rows
+    if job.at[X].classes == sizeof(storage) and job.at[X].rows == size:
+        for c in range(0, tile.n * size, 64):
+            prefetch(p + c)
+
+
 cdef inline void many_tile(const Job *job, Tile *tile, int level, real *stage) noexcept nogil:
+    if job.n_classes > STAGE:
+        many_rows(job, tile, level, FORGET, stage, False)
+    elif job.writes and job.what != LOG_SOFTMAX and (job.linear or not job.dense):
+        many_rows(job, tile, level, STAGED, stage, True)
+    else:
+        many_rows(job, tile, level, FORGET, stage, True)
+
+
+cdef inline void many_rows(
+    const Job *job, Tile *tile, int level, int keep, real *stage, bint staged
+) noexcept nogil:
     cdef Py_ssize_t c
-    cdef int kind = first_reading(job, level), n_terms = 1 if kind == SUM_EXP else TERMS, i, t
-    cdef bint staged = job.n_classes <= STAGE
-    cdef bint keeps_exp = staged and job.writes and job.what != LOG_SOFTMAX and (job.linear or not job.dense)
+    cdef int kind = first_reading(job, level), i
     cdef View v
     cdef real sums[TERMS]
     cdef scalar tops[LANES]
     cdef scalar active[LANES]
     look(job, tile, &v, 0, False)
     find_top_many(job, &v, tile.n, level, stage if staged else NULL, &v.max, &v.tops)
+    prefetch_next(job, tile)
     r_store_scalars(tile.max, v.max)
     r_store_scalars(tops, v.tops)
     for i in range(LANES):
         tile.top[i] = <Py_ssize_t>tops[i]
         active[i] = tile.status[i] != IGNORED
+        if tile.label[i] < 0:
+            continue
+        if staged:
+            tile.label_logit[i] = (<const scalar *>stage)[tile.label[i] * LANES + i]
+        else:
+            tile.label_logit[i] = logit_of(job, tile, i, tile.label[i])
     v.kept_logits = stage if staged else NULL
-    v.kept_exp = stage if keeps_exp else NULL
+    v.kept_exp = stage
     v.ref = r_exp_reference(v.max)
     v.share, v.label_logit = r_load_scalars(tile.share), r_load_scalars(tile.label_logit)
-    reduce(job, &v, False, level, kind, n_terms, sums)
-    for t in range(n_terms):
-        r_store_scalars(tile.sums[t], sums[t])
+    reduce(job, &v, False, level, kind, keep, sums)
+    r_store_scalars(tile.sums[0], sums[0])
+    if kind != SUM_EXP:
+        r_store_scalars(tile.sums[1], sums[1])
+        r_store_scalars(tile.sums[2], sums[2])
     tile.state = row_close(v.max, sums[0])
     if level == FULL and job.dense and not job.linear:
-        set_outputs(job, tile, &v, 0, False)
-        reduce(job, &v, False, level, SUM_PHI, TERMS, sums)
-        for t in range(TERMS):
-            r_store_scalars(tile.phi_sums[t], sums[t])
+        set_outputs(job, tile, &v)
+        reduce(job, &v, False, level, SUM_PHI, FORGET, sums)
+        for i in range(TERMS):
+            r_store_scalars(tile.phi_sums[i], sums[i])
     if job.what == LOSS:
         finish(job, tile)
     if not job.writes:
         return
-    set_outputs(job, tile, &v, 0, False)
+    set_outputs(job, tile, &v)
     v.active = r_not(r_eq(r_load_scalars(active), r_set(0)))
+    if keep == STAGED and job.want_grad and lies_in_rows(job, v.at[GRAD], GRAD, tile.n):
+        v.turned_grad = stage
     for c in range(job.n_classes):
         if level == FULL:
-            write_full(job, &v, c, tile.n, False)
+            write_full(job, &v, c, tile.n, False, keep)
         else:
-            write(job, &v, c, tile.n, False, level)
+            write(job, &v, c, tile.n, False, level, keep)
+    if v.turned_grad != NULL:
+        turn_out(stage, job.n_classes, v.at[GRAD], v.lane[GRAD])
     if job.what == LOSS:
         set_entries(job, tile)
 
@@ -1196,6 +1272,10 @@ def run(
     place(&job, &plan, SPREAD, spread, -1)
     place(&job, &plan, LINEAR, linear, -1)
     merge_axes(&job, &plan)
+    for i in range(OPERANDS):
+        if job.at[i].data != NULL:
+            job.used[job.n_used] = i
+            job.n_used += 1
     job.label_kind, job.ignore_index = label_kind, ignore_index
     if weight is not None:
         job.weight = <const scalar *>cnp.PyArray_DATA(<cnp.ndarray>weight)
