@@ -65,6 +65,16 @@ typedef sint ints __attribute__((vector_size(XCE_VECTOR_BYTES)));
 /* ---- vectors ----------------------------------------------------------------------------------------------------- */
 
 XCE_FN real r_set(scalar a) { return a - (real){0}; }
+/* A constant that stays in a register through a loop. GCC would rather read it from memory in every instruction, and a CPU
+ * reads but one 64-byte vector a cycle. */
+XCE_FN real r_constant(scalar a)
+{
+    real b = r_set(a);
+#if defined(XCE_AVX512)
+    __asm__("" : "+v"(b));
+#endif
+    return b;
+}
 XCE_FN scalar r_get(real a, int lane) { return a[lane]; }
 XCE_FN real r_load_scalars(const scalar *p) { real a; memcpy(&a, p, sizeof a); return a; }
 XCE_FN void r_store_scalars(scalar *p, real a) { memcpy(p, &a, sizeof a); }
@@ -341,6 +351,7 @@ XCE_CALLED rmask r_gather_bytes(const char *p, ptrdiff_t stride, int n) /* a lan
 }
 
 XCE_FN void prefetch(const char *p) { __builtin_prefetch(p); } /* any address will do */
+XCE_FN void prefetch_to_write(const char *p) { __builtin_prefetch(p, 1); }
 
 /* Turn LANES rows of n >= XCE_CORNER adjacent entries, `stride` bytes apart, into n vectors of scalars, and back. Blocks of
  * XCE_CORNER by XCE_CORNER are turned in registers; the last ones overlap rather than leave a rest. */
@@ -439,9 +450,9 @@ static const scalar LOG_TAIL[] = {
 
 XCE_FN real r_horner(const scalar *coefficients, int degree, real x)
 {
-    real sum = r_set(coefficients[degree]);
+    real sum = r_constant(coefficients[degree]);
     for (int i = degree - 1; i >= 0; i--)
-        sum = r_fma(sum, x, r_set(coefficients[i]));
+        sum = r_fma(sum, x, r_constant(coefficients[i]));
     return sum;
 }
 
@@ -470,11 +481,11 @@ XCE_FN exp_reference r_exp_reference(real max)
 XCE_FN real r_exp_relative(real x, exp_reference ref)
 {
     real y = r_max(ref.low, x - ref.shift); /* NaN passes: it is the second operand */
-    real t = r_fma(y, r_set(XCE_LOG2E), ref.magic);
+    real t = r_fma(y, r_constant(XCE_LOG2E), ref.magic);
     real n = t - ref.magic;
-    real r = r_fma(n, r_set(-XCE_LN2_LOW), r_fma(n, r_set(-XCE_LN2_HIGH), y));
+    real r = r_fma(n, r_constant(-XCE_LN2_LOW), r_fma(n, r_constant(-XCE_LN2_HIGH), y));
     real tail = r_horner(EXP_TAIL, XCE_EXP_DEGREE, r);
-    real p = r_fma(r_fma(tail, r, r_set(1)), r, r_set(1));
+    real p = r_fma(r_fma(tail, r, r_constant(1)), r, r_constant(1));
     return p * r_from_bits(r_bits(t) << XCE_MANTISSA); /* 2^(n - N); 0 at the lower end */
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,18 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # cases.py: pytest's import mode adds no path
 
+from checks import at_level
+
+from xce import _cpu
+
 
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(1234)
+
+
+@pytest.fixture(params=_cpu.available_levels())
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The instruction set that the test runs on: each that this machine has."""
+    with at_level(request.param):
+        yield request.param

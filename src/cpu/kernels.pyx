@@ -80,6 +80,7 @@ cdef extern from "formulas.h" nogil:
     scalar s_load(const storage *p)
     void s_store(storage *p, scalar a)
     void prefetch(const char *p)
+    void prefetch_to_write(const char *p)
     real r_load(const storage *p)
     real r_load_part(const storage *p, int n, scalar fill)
     void r_store(storage *p, real a)
@@ -142,7 +143,7 @@ cdef enum:
 
 # Tuning, measured on two cores of an AMD EPYC (Zen 4); ARCHITECTURE.md tells how:
 cdef enum:
-    MANY_UP_TO = 128        # classes
+    MANY_UP_TO = 96        # classes
     MANY_AT_MOST = 16777216  # classes; beyond, a float32 lane cannot hold the index of the top entry
     STAGE = 1024           # vectors kept between the readings: 64 KiB a thread at most
     UNIT_LOGITS = 32768    # a thread's portion ...
@@ -173,7 +174,8 @@ cdef struct Job:
     int label_kind
     long long ignore_index
     const scalar *weight
-    scalar label_smoothing, share      # share: eps / C, unless `where` makes C a matter of the row
+    scalar label_smoothing
+    scalar share, label_share          # eps / C, unless `where` makes C a matter of the row, and 1 - eps
     scalar z_loss
     scalar scale                       # of derivatives: 1 / denominator of the mean
     logit_transform transform
@@ -190,6 +192,7 @@ cdef struct Tile:
     Py_ssize_t top[LANES]
     scalar max[LANES]
     scalar sums[TERMS][LANES]
+    scalar index[LANES]                # coefficient of the label beyond its dense one
     scalar label_logit[LANES]
     scalar sample[LANES]
     scalar share[LANES]
@@ -265,7 +268,7 @@ cdef inline real coefficients(const Job *job, const View *v, Py_ssize_t c, int n
     cdef real d = v.share
     if v.at[Q] != NULL:
         d = r_fma(
-            r_set(1 - job.label_smoothing),
+            r_set(job.label_share),
             fetch(v.at[Q] + place_of(v, Q, c, wide, level), v.lane[Q], n, 0, wide and level != FULL),
             d,
         )
@@ -381,10 +384,6 @@ cdef inline void write(
         put(v.at[GRAD] + place_of(v, GRAD, c, wide, level), v.lane[GRAD], g, n, wide and level != FULL)
 
 
-cdef void write_full(const Job *job, const View *v, Py_ssize_t c, int n, bint wide, int keep) noexcept nogil:
-    write(job, v, c, n, wide, FULL, keep)
-
-
 # ---- rows --------------------------------------------------------------------------------------------------------------
 
 cdef inline void pairwise(scalar *lanes) noexcept nogil:
@@ -402,9 +401,11 @@ cdef inline real sum_of(real high, real low) noexcept nogil:
 
 
 cdef inline void reduce(
-    const Job *job, const View *v, bint wide, int level, int kind, int keep, real *sums
+    const Job *job, const View *view, bint wide, int level, int kind, int keep, real *sums
 ) noexcept nogil:
     """The sums of a row, in every lane (wide), or of each lane's row (many)."""
+    cdef View here = view[0]           # in registers; no store to an array can change it
+    cdef const View *v = &here
     cdef Py_ssize_t n_classes = job.n_classes, block, c
     cdef int n_terms = 1 if kind == SUM_EXP else TERMS
     cdef int n_lanes = VECTORS if wide else VIRTUAL, lane_step = LANES if wide else 1
@@ -475,8 +476,69 @@ cdef inline void reduce(
             sums[t] = sum_of(total[t][0].high, total[t][0].low)
 
 
-cdef inline void find_top_wide(const Job *job, View *v, int level, scalar *maximum, Py_ssize_t *top) noexcept nogil:
+# GCC allots registers well in a function with one loop and badly in one with many, so each loop that matters is a function.
+
+cdef void sum_wide_sparse(const Job *job, const View *v, real *sums) noexcept nogil:
+    reduce(job, v, True, SPARSE, SUM_EXP, FORGET, sums)
+
+cdef void sum_wide_sparse_keeping(const Job *job, const View *v, real *sums) noexcept nogil:
+    reduce(job, v, True, SPARSE, SUM_EXP, STAGED if STORAGE_IS_16_BIT else IN_GRAD, sums)
+
+cdef void sum_wide_dense(const Job *job, const View *v, real *sums) noexcept nogil:
+    reduce(job, v, True, DENSE, SUM_LINEAR, FORGET, sums)
+
+cdef void sum_wide_dense_keeping(const Job *job, const View *v, real *sums) noexcept nogil:
+    reduce(job, v, True, DENSE, SUM_LINEAR, STAGED if STORAGE_IS_16_BIT else IN_GRAD, sums)
+
+cdef void sum_many_sparse(const Job *job, const View *v, real *sums) noexcept nogil:
+    reduce(job, v, False, SPARSE, SUM_EXP, FORGET, sums)
+
+cdef void sum_many_sparse_keeping(const Job *job, const View *v, real *sums) noexcept nogil:
+    reduce(job, v, False, SPARSE, SUM_EXP, STAGED, sums)
+
+cdef void sum_many_dense(const Job *job, const View *v, real *sums) noexcept nogil:
+    reduce(job, v, False, DENSE, SUM_LINEAR, FORGET, sums)
+
+cdef void sum_many_dense_keeping(const Job *job, const View *v, real *sums) noexcept nogil:
+    reduce(job, v, False, DENSE, SUM_LINEAR, STAGED, sums)
+
+cdef void sum_full(const Job *job, const View *v, int kind, int keep, real *sums) noexcept nogil:
+    if job.wide:
+        reduce(job, v, True, FULL, kind, keep, sums)
+    else:
+        reduce(job, v, False, FULL, kind, keep, sums)
+
+
+cdef void sum_rows(const Job *job, const View *v, int kind, int keep, real *sums) noexcept nogil:
+    if job.level == FULL:
+        sum_full(job, v, kind, keep, sums)
+    elif job.wide and job.level == SPARSE:
+        if keep == FORGET:
+            sum_wide_sparse(job, v, sums)
+        else:
+            sum_wide_sparse_keeping(job, v, sums)
+    elif job.wide:
+        if keep == FORGET:
+            sum_wide_dense(job, v, sums)
+        else:
+            sum_wide_dense_keeping(job, v, sums)
+    elif job.level == SPARSE:
+        if keep == FORGET:
+            sum_many_sparse(job, v, sums)
+        else:
+            sum_many_sparse_keeping(job, v, sums)
+    elif keep == FORGET:
+        sum_many_dense(job, v, sums)
+    else:
+        sum_many_dense_keeping(job, v, sums)
+
+
+cdef inline void find_top_wide(
+    const Job *job, const View *view, int level, scalar *maximum, Py_ssize_t *top
+) noexcept nogil:
     """The maximum of a row and its first place; NaN is passed over."""
+    cdef View here = view[0]
+    cdef const View *v = &here
     cdef Py_ssize_t n_classes = job.n_classes, block, c, first
     cdef int k, j, n
     cdef real best[VECTORS]
@@ -531,6 +593,13 @@ cdef inline void find_top_wide(const Job *job, View *v, int level, scalar *maxim
         c += LANES
 
 
+cdef void top_wide(const Job *job, const View *v, scalar *maximum, Py_ssize_t *top) noexcept nogil:
+    find_top_wide(job, v, SPARSE, maximum, top)
+
+cdef void top_wide_full(const Job *job, const View *v, scalar *maximum, Py_ssize_t *top) noexcept nogil:
+    find_top_wide(job, v, FULL, maximum, top)
+
+
 cdef inline bint lies_in_rows(const Job *job, const char *data, int operand, int n) noexcept nogil:
     """Whether a full tile of an operand lies in rows of adjacent classes, to be turned block by block."""
     return (
@@ -539,9 +608,7 @@ cdef inline bint lies_in_rows(const Job *job, const char *data, int operand, int
     )
 
 
-cdef inline void find_top_many(
-    const Job *job, View *v, int n, int level, real *stage, real *maximum, real *top
-) noexcept nogil:
+cdef void top_many(const Job *job, View *v, int n, real *stage, real *maximum, real *top) noexcept nogil:
     """The same for a row in each lane; keeps the logits in `stage` if there is one."""
     cdef Py_ssize_t c
     cdef real x, best = r_set(-INF), place = r_set(0), index = r_set(0)
@@ -550,18 +617,55 @@ cdef inline void find_top_many(
         turn_in(v.at[X], v.lane[X], job.n_classes, stage)
         v.kept_logits = stage
     for c in range(job.n_classes):
-        if level == FULL:
-            x = transformed(job, v, c, n, stage[c] if turned else raw_logits(v, c, n, False))
-        elif turned:
-            x = stage[c]
-        else:
-            x = raw_logits(v, c, n, False)
-        if stage != NULL:
+        x = stage[c] if turned else raw_logits(v, c, n, False)
+        if job.level == FULL:
+            x = transformed(job, v, c, n, x)
+        if stage != NULL and (job.level == FULL or not turned):
             stage[c] = x
         place = r_select(r_gt(x, best), index, place)
         best = r_max(x, best)
         index = index + r_set(1)
     maximum[0], top[0] = best, place
+
+
+cdef inline void write_all(const Job *job, const View *view, int n, bint wide, int level, int keep) noexcept nogil:
+    """The outputs of a row (wide), or of n rows (many)."""
+    cdef View here = view[0]
+    cdef const View *v = &here
+    cdef Py_ssize_t c = 0, n_classes = job.n_classes
+    if wide:
+        while c + LANES <= n_classes:
+            write(job, v, c, LANES, True, level, keep)
+            c += LANES
+        if c < n_classes:
+            write(job, v, c, <int>(n_classes - c), True, level, keep)
+    else:
+        for c in range(n_classes):
+            write(job, v, c, n, False, level, keep)
+
+
+cdef void write_wide_sparse(const Job *job, const View *v) noexcept nogil:
+    write_all(job, v, 1, True, SPARSE, STAGED if STORAGE_IS_16_BIT else IN_GRAD)
+
+cdef void write_wide_dense(const Job *job, const View *v) noexcept nogil:
+    write_all(job, v, 1, True, DENSE, STAGED if STORAGE_IS_16_BIT else IN_GRAD)
+
+cdef void write_many(const Job *job, const View *v, int n, int keep) noexcept nogil:
+    write_all(job, v, n, False, DENSE if job.dense else SPARSE, keep)
+
+cdef void write_full(const Job *job, const View *v, int n, int keep) noexcept nogil:
+    write_all(job, v, n, job.wide, FULL, keep)
+
+
+cdef void write_rows(const Job *job, const View *v, int n, int keep) noexcept nogil:
+    if job.wide and keep != FORGET and job.level == SPARSE:
+        write_wide_sparse(job, v)
+    elif job.wide and keep != FORGET and job.level == DENSE:
+        write_wide_dense(job, v)
+    elif job.wide or job.level == FULL:
+        write_full(job, v, n, keep)
+    else:
+        write_many(job, v, n, keep)
 
 
 cdef inline scalar dense_of(const Job *job, const Tile *tile, int i, Py_ssize_t c) noexcept nogil:
@@ -572,7 +676,7 @@ cdef inline scalar dense_of(const Job *job, const Tile *tile, int i, Py_ssize_t 
             return 0
     if job.at[Q].data != NULL:
         d = r_fma(
-            r_set(1 - job.label_smoothing),
+            r_set(job.label_share),
             r_set(s_load(<const storage *>(tile.at[Q] + i * job.at[Q].rows + c * job.at[Q].classes))),
             d,
         )
@@ -658,9 +762,17 @@ cdef inline void open_tile(const Job *job, Tile *tile, Py_ssize_t row, int n) no
             k = job.used[i]
             tile.at[k] += index * job.at[k].outer[axis]
     for i in range(LANES):
-        tile.status[i], tile.label[i], tile.top[i] = ACTIVE, -1, 0
-        tile.share[i], tile.sample[i], tile.max[i], tile.label_logit[i] = job.share, 1, 0, 0
-        tile.sums[0][i], tile.sums[1][i], tile.sums[2][i] = 0, 0, 0
+        tile.status[i] = ACTIVE
+    for i in range(LANES):
+        tile.label[i] = -1
+    r_store_scalars(tile.share, r_set(job.share))
+    r_store_scalars(tile.sample, r_set(1))
+    r_store_scalars(tile.index, r_set(0))
+    r_store_scalars(tile.label_logit, r_set(0))
+    if job.wide:                       # ignored rows leave gaps there
+        r_store_scalars(tile.max, r_set(0))
+        for k in range(TERMS):
+            r_store_scalars(tile.sums[k], r_set(0))
     if tile.at[LABEL] != NULL:
         for i in range(n):
             label = label_at(
@@ -669,6 +781,10 @@ cdef inline void open_tile(const Job *job, Tile *tile, Py_ssize_t row, int n) no
             tile.label[i] = label.value
             # the statistics of a row want no label
             tile.status[i] = label.status if job.what == LOSS else ACTIVE
+            if label.status == ACTIVE:
+                tile.index[i] = job.label_share if job.weight == NULL else job.label_share * job.weight[label.value]
+            elif label.status == INVALID:
+                tile.index[i] = NAN
     if tile.at[SAMPLE] != NULL:
         for i in range(n):
             tile.sample[i] = (<const scalar *>(tile.at[SAMPLE] + i * job.at[SAMPLE].rows))[0]
@@ -680,8 +796,9 @@ cdef inline void open_tile(const Job *job, Tile *tile, Py_ssize_t row, int n) no
             tile.share[i] = job.label_smoothing / <scalar>index if index else 0
 
 
-cdef inline void look(const Job *job, const Tile *tile, View *v, int i, bint wide) noexcept nogil:
+cdef inline void look(const Job *job, const Tile *tile, View *v, int i) noexcept nogil:
     """A view of row i (wide) or of the whole tile (many)."""
+    cdef bint wide = job.wide
     cdef int k
     for k in range(ENTRY_OPERANDS):
         v.at[k] = tile.at[k]
@@ -696,37 +813,30 @@ cdef inline void finish(const Job *job, Tile *tile) noexcept nogil:
     """Step 2: the values of the rows, and what step 3 needs, a row in each lane."""
     cdef row_target t
     cdef row_result r
-    cdef scalar index[LANES]
     cdef scalar d_top[LANES]
     cdef scalar d_label[LANES]
-    cdef scalar at_top[LANES]
+    cdef scalar elsewhere[LANES]
     cdef scalar raw_label[LANES]
     cdef scalar raw_top[LANES]
     cdef real zero = r_set(0)
     cdef int i
     for i in range(LANES):
-        index[i], d_top[i], d_label[i], at_top[i], raw_label[i], raw_top[i] = 0, 0, 0, 1, 0, 0
-    for i in range(tile.n):
-        if tile.status[i] == IGNORED:
-            continue
-        if tile.at[LABEL] != NULL:
-            index[i] = NAN
-            if tile.label[i] >= 0:
-                index[i] = 1 - job.label_smoothing
-                if job.weight != NULL:
-                    index[i] *= job.weight[tile.label[i]]
-                at_top[i] = tile.label[i] == tile.top[i]
-                if job.transforms:
-                    raw_label[i] = raw_logit_of(job, tile, i, tile.label[i])
-        if job.dense:
+        elsewhere[i] = tile.label[i] != tile.top[i] and tile.label[i] >= 0
+    t.d_top, t.d_label = zero, zero
+    if job.dense or job.transforms:
+        for i in range(LANES):
+            d_top[i], d_label[i], raw_label[i], raw_top[i] = 0, 0, 0, 0
+        for i in range(tile.n):
+            if tile.status[i] == IGNORED:
+                continue
             d_top[i] = dense_of(job, tile, i, tile.top[i])
+            raw_top[i] = raw_logit_of(job, tile, i, tile.top[i])
             if tile.label[i] >= 0:
                 d_label[i] = dense_of(job, tile, i, tile.label[i])
-        if job.transforms:
-            raw_top[i] = raw_logit_of(job, tile, i, tile.top[i])
-    t.index, t.label_logit = r_load_scalars(index), r_load_scalars(tile.label_logit)
-    t.label_is_top = r_not(r_eq(r_load_scalars(at_top), zero))
-    t.d_top, t.d_label = r_load_scalars(d_top), r_load_scalars(d_label)
+                raw_label[i] = raw_logit_of(job, tile, i, tile.label[i])
+        t.d_top, t.d_label = r_load_scalars(d_top), r_load_scalars(d_label)
+    t.index, t.label_logit = r_load_scalars(tile.index), r_load_scalars(tile.label_logit)
+    t.label_is_top = r_eq(r_load_scalars(elsewhere), zero)
     t.weight = r_load_scalars(tile.sample)
     t.factor = t.weight * r_set(job.scale)
     t.z_loss = r_set(job.z_loss)
@@ -817,28 +927,23 @@ cdef inline void clear_row(const Job *job, const Tile *tile, int i) noexcept nog
             s_store(<storage *>(tile.at[HESS] + i * job.at[HESS].rows + c * job.at[HESS].classes), 0)
 
 
-cdef inline void wide_tile(const Job *job, Tile *tile, int level, real *stage) noexcept nogil:
+cdef void wide_tile(const Job *job, Tile *tile, real *stage) noexcept nogil:
     cdef Py_ssize_t vectors = (job.n_classes + LANES - 1) // LANES
-    cdef bint keeps = job.writes and job.what != LOG_SOFTMAX and (job.linear or not job.dense)
-    if keeps and level != FULL and job.want_grad and not STORAGE_IS_16_BIT:
-        wide_rows(job, tile, level, IN_GRAD, stage)
-    elif keeps and (level == FULL or STORAGE_IS_16_BIT) and tile.n * vectors <= STAGE:
-        wide_rows(job, tile, level, STAGED, stage)
-    else:
-        wide_rows(job, tile, level, FORGET, stage)
-
-
-cdef inline void wide_rows(const Job *job, Tile *tile, int level, int keep, real *stage) noexcept nogil:
-    cdef Py_ssize_t c, n_classes = job.n_classes, whole = n_classes - n_classes % LANES
-    cdef Py_ssize_t vectors = (n_classes + LANES - 1) // LANES
-    cdef int kind = first_reading(job, level), i
+    cdef int kind = first_reading(job), keep = FORGET, i
     cdef View v
     cdef real sums[TERMS]
+    if keeps_exp(job) and job.level != FULL and job.want_grad and not STORAGE_IS_16_BIT:
+        keep = IN_GRAD
+    elif keeps_exp(job) and (job.level == FULL or STORAGE_IS_16_BIT) and tile.n * vectors <= STAGE:
+        keep = STAGED
     for i in range(tile.n):
         if tile.status[i] == IGNORED:
             continue
-        look(job, tile, &v, i, True)
-        find_top_wide(job, &v, level, &tile.max[i], &tile.top[i])
+        look(job, tile, &v, i)
+        if job.level == FULL:
+            top_wide_full(job, &v, &tile.max[i], &tile.top[i])
+        else:
+            top_wide(job, &v, &tile.max[i], &tile.top[i])
         if tile.label[i] >= 0:
             tile.label_logit[i] = logit_of(job, tile, i, tile.label[i])
         v.top = tile.top[i]
@@ -846,19 +951,19 @@ cdef inline void wide_rows(const Job *job, Tile *tile, int level, int keep, real
         v.ref = r_exp_reference(v.max)
         v.share, v.label_logit = r_set(tile.share[i]), r_set(tile.label_logit[i])
         v.kept_exp = stage + i * vectors
-        reduce(job, &v, True, level, kind, keep, sums)
+        sum_rows(job, &v, kind, keep, sums)
         tile.sums[0][i] = first_lane(sums[0])
         if kind != SUM_EXP:
             tile.sums[1][i], tile.sums[2][i] = first_lane(sums[1]), first_lane(sums[2])
     tile.state = row_close(r_load_scalars(tile.max), r_load_scalars(tile.sums[0]))
-    if level == FULL and job.dense and not job.linear:
+    if job.dense and not job.linear:
         for i in range(tile.n):
             if tile.status[i] != IGNORED:
-                look(job, tile, &v, i, True)
+                look(job, tile, &v, i)
                 set_outputs(job, tile, &v)
                 pick_row(&v, i)
                 v.top = tile.top[i]
-                reduce(job, &v, True, level, SUM_PHI, FORGET, sums)
+                sum_rows(job, &v, SUM_PHI, FORGET, sums)
                 tile.phi_sums[0][i], tile.phi_sums[1][i] = first_lane(sums[0]), first_lane(sums[1])
                 tile.phi_sums[2][i] = first_lane(sums[2])
     if job.what == LOSS:
@@ -869,52 +974,41 @@ cdef inline void wide_rows(const Job *job, Tile *tile, int level, int keep, real
         if tile.status[i] == IGNORED:
             clear_row(job, tile, i)
             continue
-        look(job, tile, &v, i, True)
+        look(job, tile, &v, i)
         set_outputs(job, tile, &v)
         pick_row(&v, i)
         v.kept_exp = stage + i * vectors
-        c = 0
-        while c < n_classes:
-            if level == FULL:
-                write_full(job, &v, c, <int>min(n_classes - c, <Py_ssize_t>LANES), True, keep)
-            elif c < whole:
-                write(job, &v, c, LANES, True, level, keep)
-            else:
-                write(job, &v, c, <int>(n_classes - c), True, level, keep)
-            c += LANES
+        write_rows(job, &v, 1, keep)
     if job.what == LOSS:
         set_entries(job, tile)
 
 
+cdef inline bint keeps_exp(const Job *job) noexcept nogil:
+    """Whether step 3 wants the exp of step 1."""
+    return job.writes and job.what != LOG_SOFTMAX and (job.linear or not job.dense)
+
+
 cdef inline void prefetch_next(const Job *job, const Tile *tile) noexcept nogil:
-    """Fetch the rows after these while these are computed on."""
+    """Fetch the rows after these, and the room for the gradient of these, while these are computed on."""
     cdef Py_ssize_t i, c, size = job.n_classes * <Py_ssize_t>sizeof(storage)
     cdef const char *p = tile.at[X] + tile.n * job.at[X].rows
     if job.at[X].classes == sizeof(storage) and job.at[X].rows == size:
         for c in range(0, tile.n * size, 64):
             prefetch(p + c)
+    if job.want_grad and job.at[GRAD].classes == sizeof(storage) and job.at[GRAD].rows == size:
+        for c in range(0, tile.n * size, 64):
+            prefetch_to_write(tile.at[GRAD] + c)
 
 
-cdef inline void many_tile(const Job *job, Tile *tile, int level, real *stage) noexcept nogil:
-    if job.n_classes > STAGE:
-        many_rows(job, tile, level, FORGET, stage, False)
-    elif job.writes and job.what != LOG_SOFTMAX and (job.linear or not job.dense):
-        many_rows(job, tile, level, STAGED, stage, True)
-    else:
-        many_rows(job, tile, level, FORGET, stage, True)
-
-
-cdef inline void many_rows(
-    const Job *job, Tile *tile, int level, int keep, real *stage, bint staged
-) noexcept nogil:
-    cdef Py_ssize_t c
-    cdef int kind = first_reading(job, level), i
+cdef void many_tile(const Job *job, Tile *tile, real *stage) noexcept nogil:
+    cdef bint staged = job.n_classes <= STAGE
+    cdef int kind = first_reading(job), keep = STAGED if staged and keeps_exp(job) else FORGET, i
     cdef View v
     cdef real sums[TERMS]
     cdef scalar tops[LANES]
     cdef scalar active[LANES]
-    look(job, tile, &v, 0, False)
-    find_top_many(job, &v, tile.n, level, stage if staged else NULL, &v.max, &v.tops)
+    look(job, tile, &v, 0)
+    top_many(job, &v, tile.n, stage if staged else NULL, &v.max, &v.tops)
     prefetch_next(job, tile)
     r_store_scalars(tile.max, v.max)
     r_store_scalars(tops, v.tops)
@@ -931,15 +1025,15 @@ cdef inline void many_rows(
     v.kept_exp = stage
     v.ref = r_exp_reference(v.max)
     v.share, v.label_logit = r_load_scalars(tile.share), r_load_scalars(tile.label_logit)
-    reduce(job, &v, False, level, kind, keep, sums)
+    sum_rows(job, &v, kind, keep, sums)
     r_store_scalars(tile.sums[0], sums[0])
     if kind != SUM_EXP:
         r_store_scalars(tile.sums[1], sums[1])
         r_store_scalars(tile.sums[2], sums[2])
     tile.state = row_close(v.max, sums[0])
-    if level == FULL and job.dense and not job.linear:
+    if job.dense and not job.linear:
         set_outputs(job, tile, &v)
-        reduce(job, &v, False, level, SUM_PHI, FORGET, sums)
+        sum_rows(job, &v, SUM_PHI, FORGET, sums)
         for i in range(TERMS):
             r_store_scalars(tile.phi_sums[i], sums[i])
     if job.what == LOSS:
@@ -950,25 +1044,17 @@ cdef inline void many_rows(
     v.active = r_not(r_eq(r_load_scalars(active), r_set(0)))
     if keep == STAGED and job.want_grad and lies_in_rows(job, v.at[GRAD], GRAD, tile.n):
         v.turned_grad = stage
-    for c in range(job.n_classes):
-        if level == FULL:
-            write_full(job, &v, c, tile.n, False, keep)
-        else:
-            write(job, &v, c, tile.n, False, level, keep)
+    write_rows(job, &v, tile.n, keep)
     if v.turned_grad != NULL:
         turn_out(stage, job.n_classes, v.at[GRAD], v.lane[GRAD])
     if job.what == LOSS:
         set_entries(job, tile)
 
 
-cdef inline int first_reading(const Job *job, int level) noexcept nogil:
-    if level == SPARSE:
-        return SUM_EXP
-    if level == DENSE or job.what == STATE:
-        return SUM_LINEAR
+cdef inline int first_reading(const Job *job) noexcept nogil:
     if job.what == STATS:
         return SUM_STATS
-    return SUM_LINEAR if job.dense and job.linear else SUM_EXP
+    return SUM_LINEAR if job.what == STATE or (job.dense and job.linear) else SUM_EXP
 
 
 cdef inline void put_rows(const Job *job, const Tile *tile, int k, real a, bint zero_if_ignored) noexcept nogil:
@@ -1059,18 +1145,10 @@ cdef double unit(const Job *job, Py_ssize_t index) noexcept nogil:
         left = min(end - row, job.run - row % job.run)
         n = <int>min(left, <Py_ssize_t>job.tile_rows)
         open_tile(job, &tile, row, n)
-        if job.wide and job.level == SPARSE:
-            wide_tile(job, &tile, SPARSE, stage)
-        elif job.wide and job.level == DENSE:
-            wide_tile(job, &tile, DENSE, stage)
-        elif job.wide:
-            wide_tile(job, &tile, FULL, stage)
-        elif job.level == SPARSE:
-            many_tile(job, &tile, SPARSE, stage)
-        elif job.level == DENSE:
-            many_tile(job, &tile, DENSE, stage)
+        if job.wide:
+            wide_tile(job, &tile, stage)
         else:
-            many_tile(job, &tile, FULL, stage)
+            many_tile(job, &tile, stage)
         if job.what == STATS or job.what == STATE:
             put_stats(job, &tile)
         elif job.what == LOGSUMEXP:
@@ -1280,6 +1358,7 @@ def run(
     if weight is not None:
         job.weight = <const scalar *>cnp.PyArray_DATA(<cnp.ndarray>weight)
     job.label_smoothing = <scalar>label_smoothing
+    job.label_share = <scalar>(1 - label_smoothing)
     job.share = <scalar>(label_smoothing / job.n_classes) if what != STATE else 1
     job.z_loss, job.scale = <scalar>z_loss, <scalar>scale
     job.transform.softcap, job.transform.temperature = <scalar>softcap, <scalar>temperature

@@ -187,4 +187,16 @@ def _narrow(x: Any, dtype: np.dtype[Any]) -> Any:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16).view(dtype)
 
 
-_RUN = {"loss": _loss, "softmax": _map, "log_softmax": _map, "logsumexp": _logsumexp, "stats": _stats}
+def _state(call: Call, kernels: ModuleType, scalar: np.dtype[Any]) -> tuple[Any, Any, Any, Any]:
+    """What a shard of classes contributes to its rows, see `xce.state`: max, rest, logit of the label, linear sum."""
+    top, rest, label_logit, linear = (np.empty(_rows(call), scalar) for _ in range(4))
+    weight = None if call.weight is None else np.ascontiguousarray(_cast(call.weight, scalar))
+    call = call._replace(weight=weight)
+    _run_rows(call, kernels, _STATE, value=top, spread=rest, label_logit=label_logit, linear=linear)
+    # rows of -inf only: nothing to add, unless a NaN hides there
+    empty = (top == -np.inf) & ~np.isnan(_scan.widen(call.logits)).any(axis=call.axis)
+    rest[empty] = -1
+    return top, rest, label_logit, linear
+
+
+_RUN = {"loss": _loss, "softmax": _map, "log_softmax": _map, "logsumexp": _logsumexp, "stats": _stats, "state": _state}

@@ -1,0 +1,254 @@
+"""What the tests of the kernels share: instruction sets, memory layouts, and comparisons with the reference.
+
+The tolerances are those of a correctly working kernel. A rounding error of the logits' transform is amplified
+by the size of the logits, and sums whose terms cancel (smoothing, z-loss, softcap) are right relative to the
+largest entry of their row; everything else is right relative to itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import oracle
+
+import xce
+from xce import _cpu, _threads
+from xce._backends import numpy as backend
+
+Array = np.ndarray[Any, Any]
+
+DTYPES = ["float32", "float64", "float16", "bfloat16"]
+
+
+def dtype_of(name: str) -> np.dtype[Any]:
+    if name == "bfloat16":
+        return np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
+    return np.dtype(name)
+
+
+# Where a call runs
+
+
+@contextmanager
+def at_level(level: str) -> Iterator[None]:
+    """Use the kernels of one instruction set."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XCE_CPU", level)
+        forget_level()
+        try:
+            yield
+        finally:
+            forget_level()
+    forget_level()
+
+
+def forget_level() -> None:
+    _cpu.level.cache_clear()
+    _cpu.kernels.cache_clear()
+    backend._KERNELS.clear()
+
+
+@contextmanager
+def machine_of(n: int) -> Iterator[None]:
+    """Let calls use `n` threads, whatever the machine has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_threads, "hardware_limit", lambda: n)
+        patch.setattr(_threads.runtime, "max_threads", lambda: n)
+        patch.setattr(_threads, "_cap", None)
+        yield
+
+
+# How an array lies in memory: the same values in other places
+
+
+def misaligned(a: Array) -> Array:
+    result = np.empty(a.nbytes + 1, np.uint8)[1:].view(a.dtype).reshape(a.shape)
+    result[...] = a
+    return result
+
+
+def spread(a: Array, axis: int) -> Array:
+    """Every third place along an axis; the places between hold NaN or nonsense."""
+    shape = list(a.shape)
+    shape[axis] *= 3
+    result = np.full(shape, np.nan if a.dtype.kind not in "biu" else 1, a.dtype)
+    places = tuple(slice(None, None, 3) if k == axis % a.ndim else slice(None) for k in range(a.ndim))
+    result[places] = a
+    return result[places]
+
+
+def swapped(a: Array) -> Array:
+    """The last two axes in the other order in memory."""
+    if a.ndim < 2:
+        return a
+    return np.ascontiguousarray(np.swapaxes(a, -1, -2)).swapaxes(-1, -2)
+
+
+LAYOUTS: dict[str, Callable[[Array], Array]] = {
+    "C": np.ascontiguousarray,
+    "F": lambda a: a.copy(order="F"),
+    "swapped": swapped,
+    "sliced rows": lambda a: spread(a, 0),
+    "sliced classes": lambda a: spread(a, -1),
+    "reversed": lambda a: np.flip(np.flip(a).copy()),
+    "misaligned": misaligned,
+    "misaligned F": lambda a: misaligned(a.T).T,
+}
+
+
+# Comparisons
+
+
+def same_bits(a: Any, b: Any) -> None:
+    """Equality to the bit, signs of zeros included; a NaN is a NaN, as its bits are nobody's business."""
+    a, b = np.asarray(a), np.asarray(b)
+    assert a.dtype == b.dtype
+    assert a.shape == b.shape
+    a, b = np.ascontiguousarray(a), np.ascontiguousarray(b)
+    if a.dtype.kind not in "biu":
+        nan = np.isnan(a)
+        np.testing.assert_array_equal(nan, np.isnan(b))
+        kind = f"u{a.dtype.itemsize}"
+        a, b = np.where(nan, 0, a.view(kind)), np.where(nan, 0, b.view(kind))
+    np.testing.assert_array_equal(a, b)
+
+
+def reference(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """The reference's answer in float64 to the same values."""
+    options = {k: v for k, v in options.items() if k not in ("grad_out", "hess_out", "out", "n_threads")}
+    return oracle(function, *map(widen, args), **{k: widen(v) for k, v in options.items()})
+
+
+def widen(x: Any) -> Any:
+    is_floating = isinstance(x, np.ndarray) and x.dtype.kind not in "biu"
+    return x.astype(np.float64) if is_floating else x
+
+
+def check_loss(function: Callable[..., Any], logits: Array, target: Any, **options: Any) -> Any:
+    """Compare value, gradient and Hessian diagonal with the reference; return what the kernels say."""
+    flags = {"return_grad": True, "return_hess": True}
+    expected = reference(function, logits, target, **options, **flags)
+    results = function(logits, target, **options, **flags)
+    assert_loss(results, expected, logits, target, **options)
+    return results
+
+
+def assert_loss(results: Any, expected: Any, logits: Array, target: Any, **options: Any) -> None:
+    """Compare value, gradient and Hessian diagonal of a call, each with what its terms can cancel to."""
+    axis, softcap, z_loss = options.get("axis", -1), options.get("softcap"), options.get("z_loss", 0.0)
+    is_dense = np.ndim(target) == logits.ndim or options.get("label_smoothing", 0.0) != 0
+    transforms = softcap is not None or options.get("temperature", 1.0) != 1.0
+    cancels = is_dense or z_loss != 0 or softcap is not None
+    with np.errstate(over="ignore"):
+        size = finite(widen(logits)).max(axis, keepdims=True, initial=0.0)  # of the transformed logits of a row
+        size = np.minimum(size, math.inf if softcap is None else softcap) / options.get("temperature", 1.0)
+        tolerance = 16 * eps_of(logits) + relative_error_of_reference(logits, axis)
+        of_value = tolerance * (transforms * (1 + size) + 8 * z_loss * size**2)
+        tolerance = tolerance + 16 * eps_of(logits) * transforms * size
+
+    value, grad, hess = results
+    assert value.dtype == compute_dtype(logits)
+    of_value, of_rows = of_value.squeeze(axis), tolerance.squeeze(axis)
+    if options.get("reduction", "mean") != "none":
+        of_value, of_rows = of_value.max(initial=0.0), of_rows.max(initial=0.0)
+    assert_close(value, expected[0], of_rows, of_value + underflow(logits))
+
+    slope, curvature = (cancels * finite(d).max(axis, keepdims=True) for d in expected[1:])
+    assert_entries(grad, expected[1], tolerance, slope + 8 * curvature, logits)
+    assert_entries(hess, expected[2], tolerance, curvature + (slope / softcap if softcap else 0.0), logits)
+
+
+def finite(x: Any) -> Array:
+    """Sizes of the entries, without those that are infinite or NaN."""
+    return np.where(np.isfinite(x), np.abs(x), 0.0)
+
+
+def underflow(logits: Array) -> float:
+    """What a row loses at most where exp underflows: some smallest normal number in each of its entries."""
+    return 400.0 * max(logits.shape) * float(np.finfo(compute_dtype(logits)).tiny)
+
+
+def relative_error_of_reference(logits: Array, axis: int) -> float:
+    """It computes exp(log p) in float64, and NumPy adds numbers that are not neighbours one by one."""
+    return (2 * min(size_of(logits), 375.0) + logits.shape[axis] / 8) * float(np.finfo(np.float64).eps)
+
+
+def assert_entries(result: Array, exact: Array, tolerance: float, scale: Any, logits: Array) -> None:
+    """Compare arrays of the logits' shape and dtype; `scale` is what cancels in them."""
+    assert result.dtype == logits.dtype
+    tiny = underflow(logits)
+    if logits.dtype.itemsize == 2:
+        tolerance += eps_of(logits, storage=True) / 2
+        tiny = 2.0**-24 if logits.dtype == np.float16 else tiny
+    assert_close(result, exact, tolerance, tolerance * scale + tiny, logits.dtype)
+
+
+def assert_close(result: Any, exact: Any, rtol: float, atol: Any, dtype: Any = None) -> None:
+    """Compare with float64 numbers; one that `dtype` cannot hold must be infinite."""
+    result, exact = np.asarray(result), np.asarray(exact)
+    assert result.shape == exact.shape
+    with np.errstate(all="ignore"):
+        rounded = exact.astype(dtype or result.dtype).astype(np.float64)
+        result = result.astype(np.float64)
+        np.testing.assert_array_equal(np.isnan(result), np.isnan(rounded))
+        error = np.abs(result - exact)
+        good = (result == rounded) | np.isnan(rounded) | (error <= rtol * np.abs(exact) + atol)
+        if not good.all():
+            bad = tuple(int(i) for i in np.argwhere(~good)[0])
+            raise AssertionError(
+                f"{(~good).sum()} of {good.size} differ, first at {bad}: {result[bad]!r} for {exact[bad]!r}, "
+                f"off by {error[bad]:.3g}, {error[bad] / np.abs(exact[bad]):.3g} of it"
+            )
+
+
+def compute_dtype(logits: Array) -> np.dtype[Any]:
+    return np.dtype("float64" if logits.dtype == np.float64 else "float32")
+
+
+def eps_of(logits: Array, *, storage: bool = False) -> float:
+    """The relative spacing of the type that is computed with, or that is stored."""
+    if storage:
+        return 2.0**-10 if logits.dtype == np.float16 else 2.0**-7
+    return float(np.finfo(compute_dtype(logits)).eps)
+
+
+def size_of(logits: Array) -> float:
+    return float(np.max(finite(widen(logits)), initial=0.0))
+
+
+def check_maps(x: Array, *, axis: int = -1, temperature: float = 1.0, **options: Any) -> None:
+    """Compare softmax, log_softmax and logsumexp with the reference."""
+    tolerance = 16 * eps_of(x) + relative_error_of_reference(x, axis)
+    scaling = tolerance * (size_of(x) / temperature if temperature != 1.0 else 0.0)
+    options |= {"axis": axis, "temperature": temperature}
+    assert_entries(xce.softmax(x, **options), reference(xce.softmax, x, **options), tolerance + scaling, 0.0, x)
+    logs = reference(xce.log_softmax, x, **options)
+    assert_entries(xce.log_softmax(x, **options), logs, tolerance, scaling / tolerance, x)
+    check_lse(xce.logsumexp(x, axis=axis), reference(xce.logsumexp, x, axis=axis), x, axis)
+
+
+def check_lse(lse: Any, exact: Any, x: Array, axis: int) -> None:
+    """max + log(sum exp(x - max)) is right relative to the larger of its terms, not to their sum near 0."""
+    assert lse.dtype == compute_dtype(x)
+    tolerance = 4 * eps_of(x)
+    assert_close(lse, exact, tolerance, tolerance * np.minimum(finite(x).max(axis), 1 + 2 * finite(np.max(widen(x), axis))))
+
+
+def check_stats(logits: Array, target: Array, **options: Any) -> None:
+    """Compare the statistics of rows with the reference."""
+    result = xce.logit_stats(logits, target, **options)
+    exact = reference(xce.logit_stats, logits, target, **options)
+    tolerance, axis = 16 * eps_of(logits), options.get("axis", -1)
+    for name in ("lse", "target_logit", "entropy"):
+        assert getattr(result, name).dtype == compute_dtype(logits)
+    check_lse(result.lse, exact.lse, logits, axis)
+    assert_close(result.entropy, exact.entropy, tolerance + relative_error_of_reference(logits, axis), underflow(logits))
+    np.testing.assert_array_equal(result.target_logit, exact.target_logit)
+    for name in ("argmax", "rank"):
+        assert getattr(result, name).dtype == np.int64
+        np.testing.assert_array_equal(getattr(result, name), getattr(exact, name), err_msg=name)

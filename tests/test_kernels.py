@@ -1,0 +1,350 @@
+"""The compiled kernels against the reference in float64: options, dtypes, shapes, layouts and edge values."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import LOSSES, OPTIONS, Case, combinations, problem
+from checks import (
+    DTYPES,
+    LAYOUTS,
+    Array,
+    assert_close,
+    check_loss,
+    check_maps,
+    check_stats,
+    compute_dtype,
+    dtype_of,
+    reference,
+    same_bits,
+    widen,
+)
+
+import xce
+from xce import _cpu, _reference
+
+INF, NAN = math.inf, math.nan
+MODES = ["index", "probabilities"]
+
+# Around every border of the schedules: lanes, virtual lanes, blocks of 8, the switch at 64, portions of rows.
+CLASSES = (1, 2, 3, 10, 15, 16, 17, 63, 64, 65, 127, 128, 129, 300, 1000, 1025)
+ROWS = (1, 2, 15, 16, 17, 33)
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "sparse": {"weight": True, "ignore": True},
+    "dense": {"weight": True, "ignore": True, "label_smoothing": 0.1, "sample_weight": True},
+    "full": {"where": True, "ignore": True, "temperature": 1.3, "softcap": 7.0, "z_loss": 0.02, "weight": True},
+}
+
+
+def test_every_module_knows_the_phis_of_the_reference(level: str) -> None:
+    for storage in DTYPES:
+        kernels = _cpu.kernels(storage)
+        assert kernels.__name__.endswith(f"{level}_{storage}")
+        assert set(kernels.PHI) == set(_reference.PHI)
+
+
+# Options
+
+# Eleven shapes: no divisor of a power of two, so that every pair of options meets every shape.
+MIXED = (
+    ((9,), 0), ((4, 1), 1), ((3, 5), -1), ((17, 10), -1), ((2, 3, 16), 2), ((2, 65), 1), ((1, 300), -1),
+    ((130, 3), 0), ((20, 5), 0), ((2, 70, 3), 1), ((2, 6, 3, 2), 1),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", LOSSES, ids=lambda case: case.name)
+def test_every_combination_of_options(case: Case, mode: str, dtype: str, level: str) -> None:  # noqa: ARG001
+    if mode not in case.modes:
+        pytest.skip("not a target of this loss")
+    shapes, reductions = itertools.cycle(MIXED), itertools.cycle(OPTIONS["reduction"])
+    others = {name: values for name, values in OPTIONS.items() if name != "reduction"}
+    for seed, features in enumerate(combinations(**others)):
+        shape, axis = next(shapes)
+        features["reduction"] = next(reductions)
+        logits, target, options = problem(features, mode, shape, axis, dtype_of(dtype), seed)
+        for param in case.params:
+            check_loss(case.function, logits, target, **options, **param)
+
+
+# Shapes
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("features", FEATURES)
+def test_shapes_around_the_borders_of_the_schedules(features: str, dtype: str, level: str) -> None:  # noqa: ARG001
+    reductions, modes = itertools.cycle(OPTIONS["reduction"]), itertools.cycle(MODES * 3 + MODES[:1])
+    for seed, (n_classes, n_rows) in enumerate(itertools.product(CLASSES, ROWS)):
+        shape, axis = (((n_rows, n_classes), -1), ((n_classes, n_rows), 0), ((2, n_classes, n_rows), 1))[seed % 3]
+        feature = FEATURES[features] | {"reduction": next(reductions)}
+        logits, target, options = problem(feature, next(modes), shape, axis, dtype_of(dtype), seed)
+        check_loss(xce.cross_entropy, logits, target, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_maps_and_statistics_of_shapes(dtype: str, level: str, rng: np.random.Generator) -> None:  # noqa: ARG001
+    for seed, (n_classes, n_rows) in enumerate(itertools.product(CLASSES, (1, 16, 33))):
+        shape, axis = (((n_rows, n_classes), -1), ((n_classes, n_rows), 0), ((2, n_classes, n_rows), 1))[seed % 3]
+        x = (4 * rng.standard_normal(shape)).astype(dtype_of(dtype))
+        x = np.round(x) if seed % 2 else x  # with ties
+        check_maps(x, axis=axis, temperature=1.0 if seed % 4 else 0.6)
+        labels = rng.integers(-1, n_classes, size=xce.logsumexp(x, axis=axis).shape)
+        check_stats(x, labels, axis=axis, ignore_index=-1)
+
+
+def test_no_rows() -> None:
+    x, y = np.zeros((0, 3), np.float32), np.zeros(0, int)
+    for reduction, value in (("mean", NAN), ("sum", 0.0)):
+        results = xce.cross_entropy(x, y, reduction=reduction, return_grad=True, return_hess=True)
+        np.testing.assert_array_equal(results[0], value)
+        assert results[1].shape == results[2].shape == (0, 3)
+    assert xce.cross_entropy(x, y, reduction="none").shape == (0,)
+    assert xce.softmax(x).shape == (0, 3)
+    assert xce.logsumexp(np.zeros((4, 3, 0), "f8"), axis=1).shape == (4, 0)
+    assert all(statistic.shape == (0,) for statistic in xce.logit_stats(x, y))
+
+
+def test_more_logits_than_an_int32_counts() -> None:
+    row = np.linspace(-2, 2, 1024, dtype=np.float32)
+    x, y = np.broadcast_to(row, (2**21 + 3, 1024)), np.broadcast_to(np.int64(1000), (2**21 + 3,))
+    assert x.size > 2**31
+    value = xce.cross_entropy(x, y)
+    assert value == xce.cross_entropy(row, 1000)
+
+
+# Layouts
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layouts_of_all_arguments_and_buffers(layout: Any, dtype: str) -> None:
+    for seed, (features, mode) in enumerate(itertools.product(FEATURES.values(), MODES)):
+        for shape, axis in (((5, 70), -1), ((18, 6), 1), ((70, 5), 0), ((3, 80, 2), 1), ((4, 9), 0)):
+            logits, target, options = problem(features, mode, shape, axis, dtype_of(dtype), seed)
+            for name in {"weight", "sample_weight", "where"} & set(options):
+                options[name] = layout(options[name])
+            flags = {"return_grad": True, "return_hess": True, "reduction": "none"}
+            exact = reference(xce.cross_entropy, logits, target, **options, **flags)
+            grad, hess = layout(np.full_like(logits, 9)), layout(np.full_like(logits, 9))
+            results = xce.cross_entropy(
+                layout(logits), layout(target), grad_out=grad, hess_out=hess, **options, **flags
+            )
+            assert results[1] is grad
+            assert results[2] is hess
+            expected = xce.cross_entropy(logits, target, **options, **flags)
+            for result, plain, value in zip(results, expected, exact, strict=True):
+                same_bits(result, plain)
+                assert np.isfinite(value).all()
+            check_loss(xce.cross_entropy, layout(logits), layout(target), **options)
+
+
+def test_broadcast_arguments() -> None:
+    x, y, _ = problem({}, shape=(40, 70), dtype=np.float32)
+    row, where = np.broadcast_to(x[0], x.shape), np.broadcast_to(np.arange(70) != 3, x.shape)
+    y[y == 3] = 4
+    arrays = {"where": where, "sample_weight": np.broadcast_to(np.float32(0.5), 40)}
+    check_loss(xce.cross_entropy, row, y, **arrays)
+    check_loss(xce.cross_entropy, row, np.broadcast_to(y[0], 40), **arrays, label_smoothing=0.1)
+    check_loss(xce.cross_entropy, row, np.broadcast_to(np.float32(1 / 70), x.shape))
+    check_loss(xce.cross_entropy, np.broadcast_to(x[:, :1], x.shape), y)  # all classes alike
+    check_loss(xce.cross_entropy, np.broadcast_to(np.float64(3), (2, 3, 4)), np.zeros((2, 4), int), axis=1)
+
+
+# Outputs
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("features", FEATURES)
+def test_what_is_asked_for_does_not_change_what_is_found(features: str, dtype: str) -> None:
+    for shape, axis in (((5, 70), -1), ((18, 6), -1), ((70, 5), 0), ((3, 3000), -1), ((3, 1100, 2), 1)):
+        logits, target, options = problem(FEATURES[features], "index", shape, axis, dtype_of(dtype))
+        check_loss(xce.cross_entropy, logits, target, **options)
+        value, grad, hess = xce.cross_entropy(logits, target, return_grad=True, return_hess=True, **options)
+        same_bits(xce.cross_entropy(logits, target, **options), value)
+        for a, b in zip(xce.cross_entropy(logits, target, return_grad=True, **options), (value, grad), strict=True):
+            same_bits(a, b)
+        for a, b in zip(xce.cross_entropy(logits, target, return_hess=True, **options), (value, hess), strict=True):
+            same_bits(a, b)
+        hess_out = np.full_like(logits, 5)
+        results = xce.cross_entropy(
+            logits, target, return_grad=True, return_hess=True, grad_out=logits, hess_out=hess_out, **options
+        )
+        for a, b in zip(results, (value, grad, hess), strict=True):
+            same_bits(a, b)
+        same_bits(logits, grad)
+        same_bits(hess_out, hess)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_softmax_into_a_buffer(dtype: str, rng: np.random.Generator) -> None:
+    for shape, axis in (((5, 70), -1), ((18, 6), -1), ((70, 5), 0), ((3, 3000), -1)):
+        for function, options in itertools.product((xce.softmax, xce.log_softmax), ({}, {"temperature": 2.0})):
+            x = rng.standard_normal(shape).astype(dtype_of(dtype))
+            expected = function(x, axis=axis, **options)
+            out = np.full_like(x, 3, order="F")
+            assert function(x, axis=axis, out=out, **options) is out
+            same_bits(out, expected)
+            assert function(x, axis=axis, out=x, **options) is x
+            same_bits(x, expected)
+
+
+# Edge values
+
+
+def edge_rows(n_classes: int, dtype: np.dtype[Any], rng: np.random.Generator, *, widest: bool = True) -> Array:
+    """Rows that hold what breaks naive code; the interesting entries are the first and the last.
+
+    Without `widest`, differences of logits stay within the range of the type.
+    """
+    largest = float(np.finfo(compute_dtype(np.empty(0, dtype))).max)
+    largest = float(np.float32(65504)) if dtype == np.float16 else largest
+    largest = 2.0**127 if dtype.name == "bfloat16" else largest
+    tiny = float(np.finfo(np.float64 if dtype == np.float64 else np.float32).smallest_subnormal)
+    plain = 3 * rng.standard_normal(n_classes)
+
+    def ends(first: float, last: float) -> Array:
+        row = plain.copy()
+        row[-1] = last
+        row[0] = first
+        return row
+
+    rows = [
+        plain, ends(NAN, 0), ends(0, NAN), ends(NAN, NAN), np.full(n_classes, NAN),
+        ends(INF, 0), ends(0, INF), ends(INF, INF), ends(INF, -INF), ends(INF, NAN), ends(-INF, NAN),
+        ends(-INF, 0), ends(0, -INF), ends(-INF, -INF), np.full(n_classes, -INF), np.full(n_classes, INF),
+        np.where(np.arange(n_classes) == 0, 1.0, -INF), np.where(np.arange(n_classes) == n_classes - 1, 1.0, -INF),
+        np.zeros(n_classes), -np.zeros(n_classes), ends(0.0, -0.0), np.full(n_classes, 7.25),
+        tiny * np.arange(n_classes), -tiny * np.arange(n_classes),
+        ends(largest / 2, -largest / 2), ends(largest, 0), ends(-largest, 0),
+        np.full(n_classes, largest), np.full(n_classes, -largest),
+        plain + 1e4, plain - 1e4, plain + 60, plain + 700, ends(30, 0), ends(90, 0), ends(750, 0), ends(-90, -110),
+    ]  # fmt: skip
+    if widest:
+        rows += [ends(largest, -largest), ends(-largest, largest)]
+    if dtype != np.float16:
+        rows += [plain + 1e6, 8 * np.round(plain) + 1e8, plain - 1e6, plain + 1e30, ends(1e30, -1e30), ends(1e30, 1e30)]
+    with np.errstate(over="ignore"):
+        return np.array(rows).astype(dtype)
+
+
+EDGE_OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "smoothing": {"label_smoothing": 0.1},
+    "probabilities": {"target": "probabilities"},
+    "z-loss": {"z_loss": 0.01},
+    "temperature": {"temperature": 2.0},
+    "softcap": {"softcap": 30.0, "target": "first"},
+    "ignored": {"target": "ignored"},
+    "removed": {"where": True, "label_smoothing": 0.1},
+    "weights": {"weight": True},
+    "weights and smoothing": {"weight": True, "label_smoothing": 0.2, "where": True, "z_loss": 0.5},
+    "sample weights": {"sample_weight": True},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", EDGE_OPTIONS)
+def test_edge_values(name: str, dtype: str, level: str, rng: np.random.Generator) -> None:  # noqa: ARG001
+    for n_classes in (2, 5, 16, 64, 65, 200):
+        options = dict(EDGE_OPTIONS[name])
+        x = edge_rows(n_classes, dtype_of(dtype), rng, widest=name in ("plain", "ignored"))
+        n = len(x)
+        kind = options.pop("target", "both")
+        if kind == "probabilities":
+            q = rng.random((n, n_classes)) * (rng.random((n, n_classes)) < 0.5)
+            q[:, 0] *= np.arange(n) % 2
+            targets = [q.astype(x.dtype)]
+        else:
+            targets = [np.zeros(n, int), np.full(n, n_classes - 1), rng.integers(n_classes, size=n)]
+        if kind == "ignored":
+            targets = [np.where(np.arange(n) % 3 == k, -100, targets[2]) for k in range(3)]
+        if "where" in options:
+            options["where"] = rng.random((n, n_classes)) < 0.5
+            options["where"][::5, 0] = False  # also where the label is
+            options["where"][1::5] = False
+        if "weight" in options:
+            options["weight"] = (rng.random(n_classes) * (np.arange(n_classes) % 2)).astype(np.float32)
+        if "sample_weight" in options:
+            options["sample_weight"] = (np.arange(n) % 3).astype(np.float32) / 2
+        for target in targets:
+            check_loss(xce.cross_entropy, x, target, reduction="none", **options)
+            check_loss(xce.cross_entropy, x.T, target.T, reduction="none", axis=0, **turned(options))
+            good = np.isfinite(reference(xce.cross_entropy, x, target, reduction="none", **options))
+            good &= np.abs(widen(np.where(np.isfinite(x), x, 0))).max(-1) < 1e30
+            chosen = {k: v[good] if k in ("where", "sample_weight") else v for k, v in options.items()}
+            check_loss(xce.cross_entropy, x[good], target[good], reduction="mean", **chosen)
+
+
+def turned(options: dict[str, Any]) -> dict[str, Any]:
+    return options | ({"where": options["where"].T} if "where" in options else {})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_edge_values_of_maps_and_statistics(dtype: str, level: str, rng: np.random.Generator) -> None:  # noqa: ARG001
+    for n_classes in (1, 2, 5, 16, 64, 65, 200, 1100):
+        x = edge_rows(n_classes, dtype_of(dtype), rng)
+        for y, axis in ((x, 1), (x.T, 0)):
+            check_maps(y, axis=axis)
+            check_maps(y, axis=axis, temperature=2.0)
+            for target in (np.zeros(len(x), int), np.full(len(x), n_classes - 1), np.arange(len(x)) % 3 - 2):
+                labels = np.minimum(target, n_classes - 1)
+                check_stats(y, labels, axis=axis, ignore_index=-1 if (labels >= -1).all() else -2, validate=False)
+
+
+def test_a_whole_row_of_one_class() -> None:
+    for x in (0.0, 1e30, -1e6, -0.0):
+        for dtype in ("float32", "float64"):
+            for options in ({}, {"label_smoothing": 0.3}, {"temperature": 2.0}):
+                value, grad, hess = xce.cross_entropy(
+                    np.full((3, 1), x, dtype), np.zeros(3, int), return_grad=True, return_hess=True, **options
+                )
+                same_bits(value, np.zeros((), dtype))  # not -0.0
+                assert not grad.any()
+                assert not hess.any()
+
+
+def test_a_bad_label_that_nobody_checked_makes_its_row_nan(level: str) -> None:  # noqa: ARG001
+    for shape, axis in (((6, 5), -1), ((6, 100), -1), ((5, 6), 0)):
+        for dtype, name in itertools.product(("float32", "float64", "float16"), ("int64", "int8", "uint64", "uint8")):
+            for features in ({}, {"label_smoothing": 0.1}, {"weight": True, "sample_weight": True}, {"z_loss": 0.1}):
+                x, y, options = problem(features, "index", shape, axis, dtype)
+                y = y.astype(name)
+                bad = np.array([0, -3, 120, 4, -1, 100], name) if name[0] == "i" else np.array([0, 250, 120, 4, 255, 111], name)
+                y = np.where((bad > 4) & (bad < 2**63), bad, y) if name[0] == "u" else np.where((bad < 0) | (bad > 4), bad, y)
+                check_loss(xce.cross_entropy, x, y.astype(name), reduction="none", validate=False, **options)
+
+
+def test_a_bad_label_is_bad_whatever_its_row_weighs() -> None:
+    x, s = np.zeros((2, 3), np.float32), np.array([0, 1], np.float32)
+    check_loss(xce.cross_entropy, x, np.array([7, 1]), sample_weight=s, reduction="none", validate=False)
+
+
+def test_all_rows_ignored_and_weights_of_zero() -> None:
+    x, y = np.ones((4, 100), np.float32), np.full(4, -100)
+    for options in ({"target": y}, {"target": y + 101, "weight": np.zeros(100)}, {"target": y + 101, "sample_weight": np.zeros(4)}):
+        for reduction, value in (("mean", NAN), ("sum", 0.0), ("none", np.zeros(4))):
+            found, grad, hess = check_loss(xce.cross_entropy, x, reduction=reduction, **options)
+            np.testing.assert_array_equal(found, value)
+            assert not grad.any()
+            assert not hess.any()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_targets_are_more_precise_than_logits(dtype: str) -> None:
+    """16-bit logits are computed in float32, and so are the probabilities that come with them."""
+    x, q, _ = problem({}, "probabilities", (20, 30))
+    x = x.astype(dtype_of(dtype))
+    for target in (q.astype(np.float32), q, (1e-6 * q).astype(np.float32)):
+        value = xce.cross_entropy(x, target, reduction="none")
+        assert_close(value, reference(xce.cross_entropy, x, target, reduction="none"), 1e-5, 0)
+
+
+def test_derivatives_by_small_denominators() -> None:
+    x, y = np.array([[1, 2, 3]], np.float32), np.array([0])
+    check_loss(xce.cross_entropy, x, y, sample_weight=np.array([1e-40], np.float32))
