@@ -45,9 +45,7 @@ def remez(
             rows[i, degree + 1] = (-1) ** i / weight(x)
         solution = mp.lu_solve(rows, mp.matrix([f(x) for x in nodes]))
         coefficients = [solution[j] for j in range(degree + 1)]
-        error = [
-            w * (v - mp.polyval(coefficients[::-1], x)) for x, v, w in zip(grid, values, weights, strict=True)
-        ]
+        error = [w * (v - mp.polyval(coefficients[::-1], x)) for x, v, w in zip(grid, values, weights, strict=True)]
         nodes, best = [], None
         for x, e in zip(grid, error, strict=True):  # the extremum of each run of one sign
             if best is not None and mp.sign(e) != mp.sign(best[1]):

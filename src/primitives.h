@@ -47,6 +47,8 @@ typedef scalar storage __attribute__((aligned(1), may_alias)); /* arrays may lie
 #else
 #if defined(__aarch64__)
 #include <arm_neon.h>
+#elif defined(__x86_64__)
+#include <emmintrin.h>
 #endif
 #define XCE_VECTOR_BYTES 16
 #endif
@@ -180,6 +182,41 @@ XCE_FN scalar r_max_of_lanes(real a) /* no NaN among them */
         for (int i = 0; i < width; i++)
             m[i] = m[i] > m[i + width] ? m[i] : m[i + width];
     return m[0];
+#endif
+}
+/* Lane i plus lane i + n / 2, again for the sums, and so on. */
+#if defined(__x86_64__) && defined(XCE_STORAGE_float64)
+XCE_FN scalar sum_of_16_bytes(__m128d a) { return _mm_cvtsd_f64(_mm_add_sd(a, _mm_unpackhi_pd(a, a))); }
+#elif defined(__x86_64__)
+XCE_FN scalar sum_of_16_bytes(__m128 a)
+{
+    a = _mm_add_ps(a, _mm_movehl_ps(a, a));
+    return _mm_cvtss_f32(_mm_add_ss(a, _mm_shuffle_ps(a, a, 1)));
+}
+#endif
+XCE_FN scalar r_sum_of_lanes(real a)
+{
+#if defined(XCE_AVX512) && defined(XCE_STORAGE_float64)
+    __m256d b = _mm256_add_pd(_mm512_castpd512_pd256((__m512d)a), _mm512_extractf64x4_pd((__m512d)a, 1));
+    return sum_of_16_bytes(_mm_add_pd(_mm256_castpd256_pd128(b), _mm256_extractf128_pd(b, 1)));
+#elif defined(XCE_AVX512)
+    __m256 b = _mm256_add_ps(_mm512_castps512_ps256((__m512)a), _mm512_extractf32x8_ps((__m512)a, 1));
+    return sum_of_16_bytes(_mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1)));
+#elif defined(XCE_AVX2) && defined(XCE_STORAGE_float64)
+    return sum_of_16_bytes(_mm_add_pd(_mm256_castpd256_pd128((__m256d)a), _mm256_extractf128_pd((__m256d)a, 1)));
+#elif defined(XCE_AVX2)
+    return sum_of_16_bytes(_mm_add_ps(_mm256_castps256_ps128((__m256)a), _mm256_extractf128_ps((__m256)a, 1)));
+#elif defined(__x86_64__) && defined(XCE_STORAGE_float64)
+    return sum_of_16_bytes((__m128d)a);
+#elif defined(__x86_64__)
+    return sum_of_16_bytes((__m128)a);
+#else
+    scalar s[XCE_LANES];
+    memcpy(s, &a, sizeof s);
+    for (int width = XCE_LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; i++)
+            s[i] += s[i + width];
+    return s[0];
 #endif
 }
 XCE_FN int lowest_bit(unsigned bits) { return __builtin_ctz(bits); } /* bits != 0 */
@@ -350,7 +387,9 @@ XCE_CALLED rmask r_gather_bytes(const char *p, ptrdiff_t stride, int n) /* a lan
     return r_mask_of(a);
 }
 
-XCE_FN void prefetch(const char *p) { __builtin_prefetch(p); } /* any address will do */
+/* to the first-level cache, to the second, and to be written; any address will do */
+XCE_FN void prefetch(const char *p) { __builtin_prefetch(p); }
+XCE_FN void prefetch_far(const char *p) { __builtin_prefetch(p, 0, 1); }
 XCE_FN void prefetch_to_write(const char *p) { __builtin_prefetch(p, 1); }
 
 /* Turn LANES rows of n >= XCE_CORNER adjacent entries, `stride` bytes apart, into n vectors of scalars, and back. Blocks of
@@ -542,11 +581,6 @@ typedef struct {
     real high, low;
 } real_sum;
 
-XCE_FN real_sum r_sum_zero(void)
-{
-    real_sum s = {{0}, {0}};
-    return s;
-}
 XCE_FN real_sum r_sum_add(real_sum s, real a)
 {
     real high = s.high + a, b = high - s.high;

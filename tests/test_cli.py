@@ -133,9 +133,7 @@ def test_score_reports_what_scipy_computes(data: tuple[Path, Path, np.ndarray, n
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 12 * 4 * 7, 1 << 20])
-def test_chunks_do_not_change_the_result(
-    data: tuple[Path, Path, np.ndarray, np.ndarray], chunk_bytes: int
-) -> None:
+def test_chunks_do_not_change_the_result(data: tuple[Path, Path, np.ndarray, np.ndarray], chunk_bytes: int) -> None:
     logits_path, labels_path, logits, labels = data
     done: list[int] = []
     files = _io.open_array(str(logits_path)), _io.open_array(str(labels_path))
@@ -358,9 +356,7 @@ def test_plot_of_nothing(tmp_path: Path) -> None:
     assert run("score", *paths, "--plot", tmp_path / "p.png").exit_code == 0
 
 
-def test_plot_is_checked_before_scoring(
-    data: tuple[Path, Path, np.ndarray, np.ndarray], tmp_path: Path
-) -> None:
+def test_plot_is_checked_before_scoring(data: tuple[Path, Path, np.ndarray, np.ndarray], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     wrong = run("score", *data[:2], "--plot", tmp_path / "figure.npy")
     assert wrong.exit_code == 2
@@ -404,9 +400,7 @@ def test_probabilities_in_bfloat16_are_noticed(tmp_path: Path) -> None:
     probabilities = softmax(3 * RNG.standard_normal((300, 6)), axis=-1).astype(ml_dtypes.bfloat16)
     paths = save(tmp_path, "p.npy", probabilities), save(tmp_path, "y.npy", np.zeros(300, np.int64))
     assert "seems to hold probabilities" in fails("score", *paths, code=2)
-    check(
-        report(*paths, "--probabilities"), {"loss": -np.log(probabilities[:, 0].astype(float)).mean()}, 1e-2
-    )
+    check(report(*paths, "--probabilities"), {"loss": -np.log(probabilities[:, 0].astype(float)).mean()}, 1e-2)
 
 
 def test_a_probability_of_zero(tmp_path: Path) -> None:
@@ -551,9 +545,7 @@ def test_object_arrays_are_never_unpickled(tmp_path: Path) -> None:
     labels = save(tmp_path, "y.npy", np.zeros(3, np.int64))
     np.savez(tmp_path / "x.npz", x=array)
     for path in (save(tmp_path, "x.npy", array), tmp_path / "x.npz"):
-        assert "holds Python objects (dtype object), which are never unpickled" in fails(
-            "score", path, labels
-        )
+        assert "holds Python objects (dtype object), which are never unpickled" in fails("score", path, labels)
     assert not (tmp_path / "sprung").exists()
 
 
@@ -584,9 +576,7 @@ def test_damaged_npz(data: tuple[Path, Path, np.ndarray, np.ndarray], tmp_path: 
 
 
 def test_npz_member_shorter_than_its_header_says(tmp_path: Path) -> None:
-    inner = npy_with_header(
-        tmp_path / "inner", "{'descr': '<f8', 'fortran_order': False, 'shape': (9, 3)}", bytes(72)
-    )
+    inner = npy_with_header(tmp_path / "inner", "{'descr': '<f8', 'fortran_order': False, 'shape': (9, 3)}", bytes(72))
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
         archive.write(inner, "x.npy")
     labels = save(tmp_path, "y.npy", np.zeros(9, np.int64))
@@ -594,9 +584,7 @@ def test_npz_member_shorter_than_its_header_says(tmp_path: Path) -> None:
 
 
 def test_bfloat16_without_ml_dtypes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = npy_with_header(
-        tmp_path / "x.npy", "{'descr': '|V2', 'fortran_order': False, 'shape': (3, 3)}", bytes(18)
-    )
+    path = npy_with_header(tmp_path / "x.npy", "{'descr': '|V2', 'fortran_order': False, 'shape': (3, 3)}", bytes(18))
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     assert "pip install ml_dtypes" in fails("score", path, save(tmp_path, "y.npy", np.zeros(3, np.int64)))
 
@@ -714,9 +702,7 @@ def test_demo_finds_the_minimum_that_scikit_learn_finds() -> None:
         logits = split.train_x @ weight.T + bias
         return oracle(logits, split.train_y)["loss"] + 0.5 * L2 * float(np.sum(weight**2))
 
-    assert objective(model.weight, model.bias) == pytest.approx(
-        objective(peer.coef_, peer.intercept_), rel=1e-3
-    )
+    assert objective(model.weight, model.bias) == pytest.approx(objective(peer.coef_, peer.intercept_), rel=1e-3)
     assert model.evaluations >= len(model.train_curve) - 1 == len(model.test_curve) - 1 > 20
     assert model.train_curve[0] == pytest.approx(math.log(10))
     assert 0 < model.xce_seconds < model.seconds
@@ -771,9 +757,7 @@ def test_help(command: str) -> None:
 
 @pytest.mark.parametrize("module", ["xce", "xce.cli"])
 def test_python_m(module: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("xce, version ")
 
 
@@ -783,9 +767,7 @@ def test_without_click_or_rich(missing: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stdout == ""
-    assert (
-        done.stderr == f"Error: the command xce needs {missing}, which comes with: pip install 'xce[demo]'\n"
-    )
+    assert done.stderr == f"Error: the command xce needs {missing}, which comes with: pip install 'xce[demo]'\n"
 
 
 @pytest.mark.parametrize("missing", ["matplotlib", "scipy", "sklearn"])

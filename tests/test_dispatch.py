@@ -75,9 +75,7 @@ def test_operations(library: Library, rng: np.random.Generator) -> None:
     }
     for result, expected in results.values():
         results_of_one = result if isinstance(result, tuple) else (result,)
-        for a, b in zip(
-            results_of_one, expected if isinstance(expected, tuple) else (expected,), strict=True
-        ):
+        for a, b in zip(results_of_one, expected if isinstance(expected, tuple) else (expected,), strict=True):
             assert isinstance(a, library.array)
             np.testing.assert_allclose(library.numpy(a), b, rtol=1e-5, atol=1e-6)
     kept = xce.logsumexp(library.make(x), axis=0, keepdims=True)
@@ -130,9 +128,7 @@ def test_buffers_of_mutable_libraries(library: Library, rng: np.random.Generator
     with pytest.raises(ValueError, match=r"grad_out has shape .* but must have .*, the shape of logits"):
         xce.cross_entropy(logits, library.make(y), return_grad=True, grad_out=buffer[:2, :])
     with pytest.raises(ValueError, match="hess_out shares memory with grad_out"):
-        xce.cross_entropy(
-            logits, library.make(y), return_grad=True, grad_out=buffer, return_hess=True, hess_out=buffer
-        )
+        xce.cross_entropy(logits, library.make(y), return_grad=True, grad_out=buffer, return_hess=True, hess_out=buffer)
 
 
 # PyTorch
@@ -169,9 +165,7 @@ def test_bfloat16_tensors(mode: str) -> None:
     assert xce.softmax(narrow).dtype == torch.bfloat16
     out = torch.empty_like(narrow)
     assert xce.log_softmax(narrow, out=out).data_ptr() == out.data_ptr()
-    with pytest.raises(
-        ValueError, match=r"grad_out has dtype float32 but must have bfloat16, the dtype of logits"
-    ):
+    with pytest.raises(ValueError, match=r"grad_out has dtype float32 but must have bfloat16, the dtype of logits"):
         xce.cross_entropy(narrow, target, return_grad=True, grad_out=torch.empty(narrow.shape))
     with pytest.raises(ValueError, match=r"weight\[1\] = -2 is not allowed"):
         xce.cross_entropy(narrow, target, weight=torch.tensor([1, -2, 1, 1, 1, 1, 1]).bfloat16())

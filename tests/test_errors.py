@@ -297,9 +297,7 @@ def test_interleaved_buffers_share_no_memory() -> None:
     np.testing.assert_array_equal(both[:, ::2], X)
 
 
-@pytest.mark.parametrize(
-    "alias", [lambda x: x, lambda x: x[:], lambda x: x.reshape(4, 3)], ids=["same", "view", "new"]
-)
+@pytest.mark.parametrize("alias", [lambda x: x, lambda x: x[:], lambda x: x.reshape(4, 3)], ids=["same", "view", "new"])
 def test_the_gradient_may_overwrite_the_logits(alias: Callable[[np.ndarray], np.ndarray]) -> None:
     x = X.copy()
     value, grad = xce.cross_entropy(x, Y, return_grad=True, grad_out=alias(x))
@@ -336,9 +334,7 @@ MAPS = (xce.softmax, xce.log_softmax)
         (TypeError, "out is a list", X, {"out": []}),
     ],
 )
-def test_errors_of_softmax(
-    function: Any, kind: type[Exception], text: str, x: Any, options: dict[str, Any]
-) -> None:
+def test_errors_of_softmax(function: Any, kind: type[Exception], text: str, x: Any, options: dict[str, Any]) -> None:
     with pytest.raises(kind) as caught:
         function(x, **options)
     assert text in str(caught.value)

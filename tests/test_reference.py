@@ -76,9 +76,7 @@ def test_hessian_diagonal_is_that_of_pytorch(mode: str, reduction: str) -> None:
         def value(x: Any, y: Any = y, options: dict[str, Any] = options) -> Any:
             return torch.nn.functional.cross_entropy(x, y, **options)
 
-        matrix = torch.autograd.functional.hessian(value, torch.tensor(logits)).reshape(
-            logits.size, logits.size
-        )
+        matrix = torch.autograd.functional.hessian(value, torch.tensor(logits)).reshape(logits.size, logits.size)
         assert_close(hess, matrix.diagonal().reshape(logits.shape))
 
 
@@ -107,21 +105,15 @@ def test_derivatives_are_those_of_the_value(case: Case, mode: str) -> None:
             logits, target, options = problem(features, mode, (2, 3), seed=seed)
             options |= param
 
-            def gradient(
-                x: np.ndarray, target: np.ndarray = target, options: dict[str, Any] = options
-            ) -> np.ndarray:
+            def gradient(x: np.ndarray, target: np.ndarray = target, options: dict[str, Any] = options) -> np.ndarray:
                 grad: np.ndarray = oracle(case.function, x, target, return_grad=True, **options)[1]
                 return grad
 
-            def value(
-                x: np.ndarray, target: np.ndarray = target, options: dict[str, Any] = options
-            ) -> np.ndarray:
+            def value(x: np.ndarray, target: np.ndarray = target, options: dict[str, Any] = options) -> np.ndarray:
                 result: np.ndarray = oracle(case.function, x, target, **options)
                 return result
 
-            _, grad, hess = oracle(
-                case.function, logits, target, return_grad=True, return_hess=True, **options
-            )
+            _, grad, hess = oracle(case.function, logits, target, return_grad=True, return_hess=True, **options)
             if options["reduction"] == "mean" and np.isnan(value(logits)).any():
                 assert not grad.any()
                 continue
@@ -199,9 +191,7 @@ def test_any_axis_is_the_last_axis_moved(shape: tuple[int, ...], axis: int, mode
     axis = options.pop("axis")
     y = y if mode == "index" else np.moveaxis(y, axis, -1)
     options["where"] = np.moveaxis(options["where"], axis, -1)
-    expected = loss(
-        np.moveaxis(x, axis, -1), y, reduction="none", return_grad=True, return_hess=True, **options
-    )
+    expected = loss(np.moveaxis(x, axis, -1), y, reduction="none", return_grad=True, return_hess=True, **options)
     np.testing.assert_array_equal(results[0], expected[0])
     for derivative, moved in zip(results[1:], expected[1:], strict=True):
         np.testing.assert_array_equal(np.moveaxis(derivative, axis, -1), moved)
@@ -349,9 +339,7 @@ def test_softmax_and_its_relatives(rng: np.random.Generator) -> None:
         assert_close(oracle(xce.softmax, x, axis=axis), special.softmax(x, axis))
         assert_close(oracle(xce.log_softmax, x, axis=axis), special.log_softmax(x, axis))
         assert_close(oracle(xce.logsumexp, x, axis=axis), special.logsumexp(x, axis))
-        assert_close(
-            oracle(xce.logsumexp, x, axis=axis, keepdims=True), special.logsumexp(x, axis, keepdims=True)
-        )
+        assert_close(oracle(xce.logsumexp, x, axis=axis, keepdims=True), special.logsumexp(x, axis, keepdims=True))
     assert_close(oracle(xce.softmax, x, temperature=2.0), special.softmax(x / 2, -1))
     assert_close(oracle(xce.log_softmax, x, temperature=2.0), special.log_softmax(x / 2, -1))
 

@@ -124,9 +124,7 @@ def normalise(
     if not is_index:
         target, is_index = check.target_mode(target, shape, axis, rows)
         if op == "stats" and not is_index:
-            raise TypeError(
-                f"target has dtype {dtype_name(target.dtype)}: it must be integers of shape {rows}"
-            )
+            raise TypeError(f"target has dtype {dtype_name(target.dtype)}: it must be integers of shape {rows}")
     if type(ignore_index) is not int or ignore_index not in INT64:
         ignore_index = check.label("ignore_index", ignore_index)
     if type(validate) is not bool:

@@ -65,9 +65,7 @@ def view_target(owner: ModuleType, first: Array, logits: Array, target: Array) -
     return view(owner, first, target, "target")
 
 
-def target_mode(
-    target: Array, shape: tuple[int, ...], axis: int, rows: tuple[int, ...]
-) -> tuple[Array, bool]:
+def target_mode(target: Array, shape: tuple[int, ...], axis: int, rows: tuple[int, ...]) -> tuple[Array, bool]:
     """Return the target and whether it holds class indices; its dtype decides, and its shape must agree."""
     name, found = dtype_name(target.dtype), target.shape
     is_index = name in INTEGERS
@@ -102,9 +100,7 @@ def class_weight(owner: ModuleType, weight: Array, n_classes: int, validate: boo
     """Return the checked class weights."""
     weight = typed(weight, "weight", *FLOATS)
     if weight.shape != (n_classes,):
-        raise ValueError(
-            f"weight has shape {weight.shape} but must have ({n_classes},), one weight per class"
-        )
+        raise ValueError(f"weight has shape {weight.shape} but must have ({n_classes},), one weight per class")
     if validate:
         values(owner, weight, "weight", finite=True)
     return weight
@@ -235,9 +231,7 @@ def label(name: str, value: Any) -> int:
 
 def thread_count(name: str, value: Any) -> int | None:
     """Return a bound on the number of threads, or None; far too many is not an error, it is clamped later."""
-    return (
-        None if value is None else _integer(name, value, range(1, 2**63), "None or an integer of at least 1")
-    )
+    return None if value is None else _integer(name, value, range(1, 2**63), "None or an integer of at least 1")
 
 
 def _integer(name: str, value: Any, allowed: range, text: str) -> int:

@@ -132,11 +132,7 @@ def _loss(call: Call) -> tuple[Array, Array | None, Array | None]:
     hess = second * q**2 + (xp.sum(second, axis=-1, keepdims=True) - second) * p**2
     hess = hess - xp.sum(first, axis=-1, keepdims=True) * p * q
     if call.z_loss:
-        s = (
-            call.z_loss
-            if call.sample_weight is None
-            else call.z_loss * xp.astype(call.sample_weight, x.dtype)
-        )
+        s = call.z_loss if call.sample_weight is None else call.z_loss * xp.astype(call.sample_weight, x.dtype)
         loss = loss + s * lse**2
         s, lse = (s * xp.ones_like(lse))[..., None], lse[..., None]
         grad = grad + s * 2 * lse * p

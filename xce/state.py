@@ -73,7 +73,7 @@ class LossState:
     References
     ----------
     .. [1] M. Milakov and N. Gimelshein, "Online normalizer calculation for softmax", arXiv:1805.02867 (2018).
-    .. [2] M. Shoeybi et al., "Megatron-LM", arXiv:1909.08053 (2019), section 3 (the loss over shards of the vocabulary).
+    .. [2] M. Shoeybi et al., "Megatron-LM", arXiv:1909.08053 (2019), section 3 (shards of the vocabulary).
 
     Examples
     --------
@@ -256,16 +256,17 @@ class LossState:
 
     def _add_whole(self, logits: Array, target: Array, first: int, sample_weight: Array | None) -> None:
         owner = owner_of(logits, "logits")
-        x, y = np.asarray(owner.view(logits, "logits")), np.asarray(owner_of(target, "target").view(target, "target"))
+        x, y = (
+            np.asarray(owner.view(logits, "logits")),
+            np.asarray(owner_of(target, "target").view(target, "target")),
+        )
         s = None if sample_weight is None else np.asarray(sample_weight)
         losses = cross_entropy(x, y, weight=self._weight, sample_weight=s, reduction="none", **self._options())
         losses = np.ravel(losses).astype(np.float64)
         weights = np.ones(losses.size) if s is None else np.broadcast_to(s, y.shape).ravel().astype(np.float64)
         self._close(first, losses, y.ravel(), weights)
 
-    def _add_piece(
-        self, logits: Array, target: Array, start: int, first: int, sample_weight: Array | None
-    ) -> None:
+    def _add_piece(self, logits: Array, target: Array, start: int, first: int, sample_weight: Array | None) -> None:
         owner = owner_of(logits, "logits")
         x, y = owner.view(logits, "logits"), np.asarray(owner_of(target, "target").view(target, "target"))
         if y.dtype.kind not in "iu":
@@ -278,8 +279,11 @@ class LossState:
         local = np.where(is_here, y.astype(np.int64) - start, -1)
         weight = None if self._weight is None else self._weight[start:stop]
         s = np.ones(y.shape) if sample_weight is None else np.asarray(sample_weight)
-        call = normalise(owner, "state", "", 0.0, x, -1, local, weight, s.astype(np.float64, copy=False), ignore_index=-1)
-        piece = _Piece(start, stop, *(np.ravel(a).astype(np.float64) for a in owner.run(call)), _total(weight, stop - start))
+        call = normalise(
+            owner, "state", "", 0.0, x, -1, local, weight, s.astype(np.float64, copy=False), ignore_index=-1
+        )
+        top, rest, label_logit, linear = (np.ravel(a).astype(np.float64) for a in owner.run(call))
+        piece = _Piece(start, stop, top, rest, label_logit, linear, _total(weight, stop - start))
         block = _Block(y.ravel().copy(), np.broadcast_to(s, y.shape).ravel().astype(np.float64), [piece])
         self._check_block(first, block)
         self._join(first, block)
@@ -297,8 +301,8 @@ class LossState:
             for b in block.pieces:
                 if a.start < b.stop and b.start < a.stop:
                     raise ValueError(
-                        f"classes {max(a.start, b.start)}..{min(a.stop, b.stop) - 1} of the rows from {first} came twice: "
-                        "pass row_offset to tell batches apart"
+                        f"classes {max(a.start, b.start)}..{min(a.stop, b.stop) - 1} of the rows from {first} came "
+                        "twice: pass row_offset to tell batches apart"
                     )
 
     def _join(self, first: int, block: _Block) -> None:
@@ -307,7 +311,12 @@ class LossState:
         self._open[first] = known._replace(pieces=pieces)
         if not self._missing(pieces):
             del self._open[first]
-            self._close(first, self._losses(block.target, block.sample_weight, pieces), block.target, block.sample_weight)
+            self._close(
+                first,
+                self._losses(block.target, block.sample_weight, pieces),
+                block.target,
+                block.sample_weight,
+            )
 
     def _missing(self, pieces: list[_Piece]) -> list[tuple[int, int]]:
         ends = [0, *(piece.stop for piece in pieces)]

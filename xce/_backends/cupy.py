@@ -7,6 +7,4 @@ from typing import Any, NoReturn
 
 def view(x: Any, name: str) -> NoReturn:
     """Refuse `x`."""
-    raise NotImplementedError(
-        f"{name} is on a GPU, and xce computes on the CPU only for now: copy it there first"
-    )
+    raise NotImplementedError(f"{name} is on a GPU, and xce computes on the CPU only for now: copy it there first")

@@ -16,9 +16,7 @@ __all__ = ["run", "scan_labels", "scan_values", "view", "wrap"]
 def view(x: Any, name: str) -> Any:
     """Return the memory of `x` as a NumPy array; it is read-only, as JAX arrays are."""
     if isinstance(x, jax.core.Tracer):
-        raise TypeError(
-            f"{name} is being traced (jax.jit, jax.grad, jax.vmap): xce computes on concrete arrays only"
-        )
+        raise TypeError(f"{name} is being traced (jax.jit, jax.grad, jax.vmap): xce computes on concrete arrays only")
     if any(device.platform != "cpu" for device in x.devices()):
         cupy.view(x, name)
     return np.asarray(x)

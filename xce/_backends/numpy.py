@@ -19,11 +19,8 @@ _MAPS = {"softmax": _SOFTMAX, "log_softmax": _LOG_SOFTMAX}
 
 # size in bytes, negative for a signed type
 _LABEL_KINDS = {
-    np.dtype(f"{sign}int{8 * size}"): size * (1 if sign else -1)
-    for sign in ("u", "")
-    for size in (1, 2, 4, 8)
+    np.dtype(f"{sign}int{8 * size}"): size * (1 if sign else -1) for sign in ("u", "") for size in (1, 2, 4, 8)
 }
-_LABEL_KINDS[None] = 0
 
 _KERNELS: dict[np.dtype[Any], tuple[ModuleType, np.dtype[Any]]] = {}
 
@@ -41,9 +38,7 @@ def wrap(result: Any) -> Any:
 def scan_labels(target: Any, n_classes: int, ignore_index: int) -> int:
     """Return the flat C-order index of the first label outside 0..n_classes-1 that is not ignored, or -1."""
     labels = target if target.ndim == 1 else target.reshape(-1)
-    place: int = _cpu.kernels("float32").scan_labels(
-        labels, _LABEL_KINDS[target.dtype], n_classes, ignore_index
-    )
+    place: int = _cpu.kernels("float32").scan_labels(labels, _LABEL_KINDS[target.dtype], n_classes, ignore_index)
     return place
 
 
@@ -70,7 +65,7 @@ def _load(dtype: np.dtype[Any]) -> tuple[ModuleType, np.dtype[Any]]:
 
 
 def _rows(call: Call) -> tuple[int, ...]:
-    shape = call.logits.shape
+    shape: tuple[int, ...] = call.logits.shape
     return shape[: call.axis] + shape[call.axis + 1 :]
 
 
@@ -117,8 +112,8 @@ def _loss(call: Call, kernels: ModuleType, scalar: np.dtype[Any]) -> Any:
     total = 0.0
     if logits.size:
         total = kernels.run(
-            _LOSS, kernels.PHI[call.phi], call.phi_param, logits, axis, label, kind, q, call.where, weight, sample_weight,
-            call.ignore_index, call.label_smoothing, call.temperature, call.softcap or 0.0, call.z_loss,
+            _LOSS, kernels.PHI[call.phi], call.phi_param, logits, axis, label, kind, q, call.where, weight,
+            sample_weight, call.ignore_index, call.label_smoothing, call.temperature, call.softcap or 0.0, call.z_loss,
             1.0 / denominator if denominator else 0.0, value, grad, hess, None, None, None, None, None,
             _threads.team(call.n_threads, logits.size),
         )  # fmt: skip
@@ -199,4 +194,11 @@ def _state(call: Call, kernels: ModuleType, scalar: np.dtype[Any]) -> tuple[Any,
     return top, rest, label_logit, linear
 
 
-_RUN = {"loss": _loss, "softmax": _map, "log_softmax": _map, "logsumexp": _logsumexp, "stats": _stats, "state": _state}
+_RUN = {
+    "loss": _loss,
+    "softmax": _map,
+    "log_softmax": _map,
+    "logsumexp": _logsumexp,
+    "stats": _stats,
+    "state": _state,
+}

@@ -15,11 +15,11 @@ LEVELS = {"v4": 4, "v3": 3, "v2": 2}  # of x86-64, best first
 @functools.cache
 def available_levels() -> tuple[str, ...]:
     """The levels that were built and that this CPU can run, best first."""
-    from . import runtime
+    from xce._cpu.runtime import supports
 
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return ("base",)
-    return tuple(name for name, level in LEVELS.items() if runtime.supports(level) and _built(name))
+    return tuple(name for name, level in LEVELS.items() if supports(level) and _built(name))
 
 
 def _built(level: str) -> bool:

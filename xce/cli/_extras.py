@@ -36,6 +36,4 @@ def require(module: str) -> ModuleType:
         if error.name is None or error.name.partition(".")[0] != package:
             raise
         name = {"sklearn": "scikit-learn"}.get(package, package)
-        raise click.ClickException(
-            f"this command needs {name}, which comes with: pip install 'xce[demo]'"
-        ) from None
+        raise click.ClickException(f"this command needs {name}, which comes with: pip install 'xce[demo]'") from None

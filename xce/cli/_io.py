@@ -218,9 +218,7 @@ def _open_npz(name: str, path: Path, wanted: str | None) -> ArrayFile:
         offset = None
         if info.compress_type == zipfile.ZIP_STORED:
             offset = _stored_offset(path, info) + header
-        return _array_file(
-            name, path, info.filename, shape, dtype, fortran_order, offset, info.file_size - header
-        )
+        return _array_file(name, path, info.filename, shape, dtype, fortran_order, offset, info.file_size - header)
 
 
 def _stored_offset(path: Path, info: zipfile.ZipInfo) -> int:
@@ -284,8 +282,7 @@ def _bfloat16(name: str) -> np.dtype[Any]:
         bfloat16: np.dtype[Any] = np.dtype(importlib.import_module("ml_dtypes").bfloat16)
     except ModuleNotFoundError:
         raise InputError(
-            f"{name} holds two-byte void elements, which is how bfloat16 is saved: "
-            "to read it, pip install ml_dtypes"
+            f"{name} holds two-byte void elements, which is how bfloat16 is saved: to read it, pip install ml_dtypes"
         ) from None
     return bfloat16
 

@@ -77,9 +77,7 @@ def demo_figure(
         curve.legend(loc="upper right")
         _draw_histogram(axes[1], histogram)
         _draw_reliability(axes[2], calibration)
-        figure.suptitle(
-            "Softmax regression on handwritten digits, trained with xce.cross_entropy", fontsize=14
-        )
+        figure.suptitle("Softmax regression on handwritten digits, trained with xce.cross_entropy", fontsize=14)
     return figure
 
 
@@ -164,9 +162,7 @@ def _draw_reliability(axes: Axes, calibration: Calibration) -> None:
     style: dict[str, Any] = {"color": _BLUE, "edgecolor": "white", "zorder": 3, "clip_on": False}
     axes.scatter(confidence, accuracy, s=size, label="bin (area: rows)", **style)
     error = "" if math.isnan(calibration.error) else f" (expected error {calibration.error:.1%})"
-    axes.set(
-        title=f"Calibration{error}", xlabel="confidence (probability of the prediction)", ylabel="accuracy"
-    )
+    axes.set(title=f"Calibration{error}", xlabel="confidence (probability of the prediction)", ylabel="accuracy")
     axes.set(xlim=(0, 1), ylim=(0, 1))
     # The side of the diagonal that most bins leave free.
     below = (accuracy >= confidence).sum() >= count.size / 2

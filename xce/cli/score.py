@@ -89,9 +89,7 @@ class Score:
         """Rows that count: all but the ignored ones."""
         return self.loss.count + self.infinite + self.nan
 
-    def update(
-        self, first_row: int, logits: NDArray[Any], labels: NDArray[np.int64], ignore_index: int
-    ) -> None:
+    def update(self, first_row: int, logits: NDArray[Any], labels: NDArray[np.int64], ignore_index: int) -> None:
         """Add rows of logits with valid labels.
 
         Parameters
@@ -130,9 +128,7 @@ class Score:
         for counts, rows in zip(self.histogram, (valid & ~right, right), strict=True):
             counts += np.histogram(np.exp(-losses[rows]), bins=HISTOGRAM_BINS, range=(0.0, 1.0))[0]
         kept = np.flatnonzero(keep)
-        self.worst.update(
-            Rows(first_row + kept, labels[kept], losses[kept], stats.argmax[kept], confidence[kept])
-        )
+        self.worst.update(Rows(first_row + kept, labels[kept], losses[kept], stats.argmax[kept], confidence[kept]))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as plain numbers, NaN and infinity included; losses are in nats.
@@ -307,9 +303,7 @@ def _are_probabilities(rows: NDArray[Any]) -> bool:
     return bool(((values >= 0.0) & (values <= 1.0)).all() and (gap <= tolerance).all())
 
 
-def _log_of_probabilities(
-    block: NDArray[Any], keep: NDArray[np.bool_], first_row: int, name: str
-) -> NDArray[Any]:
+def _log_of_probabilities(block: NDArray[Any], keep: NDArray[np.bool_], first_row: int, name: str) -> NDArray[Any]:
     values = block.astype(np.float64 if block.dtype.itemsize == 8 else np.float32)
     lowest, total = values.min(axis=-1), values.sum(axis=-1, dtype=np.float64)
     # 0.01 leaves room for the rounding of 16-bit probabilities over many classes.
@@ -349,19 +343,11 @@ class _OptionMissing(click.ClickException):
 @click.argument("logits")
 @click.argument("labels")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
-@click.option(
-    "--ignore-index", type=int, default=-100, show_default=True, help="Rows with this label do not count."
-)
+@click.option("--ignore-index", type=int, default=-100, show_default=True, help="Rows with this label do not count.")
 @click.option("--probabilities", is_flag=True, help="LOGITS holds probabilities; take their logarithm.")
-@click.option(
-    "--logits", "are_logits", is_flag=True, help="LOGITS holds logits, even if it looks like probabilities."
-)
-@click.option(
-    "--worst", type=click.IntRange(min=0), default=5, show_default=True, help="List the K worst rows."
-)
-@click.option(
-    "--plot", type=click.Path(dir_okay=False, path_type=Path), help="Write a figure (.png, .pdf, .svg)."
-)
+@click.option("--logits", "are_logits", is_flag=True, help="LOGITS holds logits, even if it looks like probabilities.")
+@click.option("--worst", type=click.IntRange(min=0), default=5, show_default=True, help="List the K worst rows.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Write a figure (.png, .pdf, .svg).")
 @click.option("--quiet", is_flag=True, help="Print the mean loss and nothing else; no progress bar.")
 def score(
     logits: str,
@@ -392,9 +378,7 @@ def score(
     try:
         logits_file, labels_file = open_array(logits), open_array(labels)
         with _progress(quiet) as progress:
-            task = progress.add_task(
-                "scoring", total=math.prod(logits_file.shape) * logits_file.dtype.itemsize
-            )
+            task = progress.add_task("scoring", total=math.prod(logits_file.shape) * logits_file.dtype.itemsize)
             result = score_files(
                 logits_file,
                 labels_file,

@@ -1,0 +1,109 @@
+"""What is computed, on which arrays, and what is known of a tile of rows."""
+
+cdef enum:
+    MAX_AXES = 32
+    BLOCK = 8              # vectors that are added up before they enter the double-precision sum
+    TERMS = 3              # sums that one reading of a row can form, sum of exp included
+
+    # What is computed
+    LOSS = 0
+    SOFTMAX = 1
+    LOG_SOFTMAX = 2
+    LOGSUMEXP = 3
+    STATS = 4
+    STATE = 5
+
+    # What is true of a row
+    ACTIVE = 0
+    IGNORED = 1
+    INVALID = 2            # a label out of range that nobody checked, or that changed since: the row becomes NaN
+
+    # What a reading adds up
+    SUM_EXP = 0
+    SUM_LINEAR = 1         # exp; d (max - x); d
+    SUM_STATS = 2          # exp; exp (max - x); logits above the label's
+    SUM_PHI = 3            # d phi; d phi'; d phi''
+
+    # Where exp waits for step 3
+    FORGET = 0
+    IN_GRAD = 1            # in the memory of the gradient, side by side
+    STAGED = 2             # on the stage
+
+    # How much of the generality is compiled in; all levels give the same bits where they apply
+    SPARSE = 0             # a label and nothing else: dense coefficients are all 0
+    DENSE = 1              # probabilities or smoothing, phi linear
+    FULL = 2               # everything, decided while running: where, softcap, temperature, other phi, any strides
+
+# Tuning, measured on two cores of an AMD EPYC (Zen 4); ARCHITECTURE.md tells how:
+cdef enum:
+    MANY_UP_TO = 128        # classes
+    MANY_AT_MOST = 16777216  # classes; beyond, a float32 lane cannot hold the index of the top entry
+    STAGE = 1024           # vectors kept between the readings: 64 KiB a thread at most
+    UNIT_LOGITS = 32768    # a thread's portion ...
+    UNIT_ROWS = 1024       # ... which is a number of rows that depends on the classes alone, as its sum is rounded
+    CHUNK_LOGITS = 16777216  # between two looks for Ctrl-C: some 10 ms
+    CHUNK_UNITS = 2048
+
+cdef enum:
+    X, Q, WHERE, GRAD, HESS, ENTRY_OPERANDS
+    LABEL = ENTRY_OPERANDS, SAMPLE, VALUE, LABEL_LOGIT, TOP, RANK, SPREAD, LINEAR, OPERANDS
+
+cdef struct Operand:
+    char *data
+    Py_ssize_t classes     # bytes from a class to the next
+    Py_ssize_t rows        # bytes from a row to the next along the last axis of rows
+    Py_ssize_t outer[MAX_AXES]
+
+cdef struct Job:
+    int what, phi
+    scalar parameter
+    Py_ssize_t n_classes, n_rows
+    Py_ssize_t run                     # rows along the last axis of rows
+    int outer_axes
+    Py_ssize_t outer_shape[MAX_AXES]
+    Operand at[OPERANDS]
+    int used[OPERANDS]                 # which of them there are
+    int n_used
+    int label_kind
+    long long ignore_index
+    const scalar *weight
+    scalar label_smoothing
+    scalar share, label_share          # eps / C, unless `where` makes C a matter of the row, and 1 - eps
+    scalar z_loss
+    scalar scale                       # of derivatives: 1 / denominator of the mean
+    logit_transform transform
+    bint transforms, linear, dense, want_grad, want_hess, writes, wide
+    int level, tile_rows
+    Py_ssize_t unit_rows
+
+# Up to LANES rows: per lane, what step 1 found and step 3 needs.
+cdef struct Tile:
+    char *at[OPERANDS]                 # of the first row
+    int n
+    int status[LANES]
+    Py_ssize_t label[LANES]            # -1: none
+    Py_ssize_t top[LANES]
+    scalar max[LANES]
+    scalar sums[TERMS][LANES]
+    scalar index[LANES]                # coefficient of the label beyond its dense one
+    scalar label_logit[LANES]
+    scalar sample[LANES]
+    scalar share[LANES]
+    scalar phi_sums[TERMS][LANES]
+    row_state state
+    row_result result
+
+# Entries in the lanes: of one row (wide) or of one class (many).
+cdef struct View:
+    char *at[ENTRY_OPERANDS]
+    Py_ssize_t step[ENTRY_OPERANDS]    # bytes from a class to the next
+    Py_ssize_t lane[ENTRY_OPERANDS]    # bytes from a lane to the next
+    const real *kept_logits            # what is kept between the readings, or NULL;
+    real *kept_exp                     # both may be the same memory
+    real *turned_grad                  # where the gradient waits to be turned into rows, or NULL
+    Py_ssize_t top                     # wide
+    real tops                          # many
+    real max, share, label_logit
+    exp_reference ref
+    real log_z, inverse, b, d, factor, out_exp, out_hess1, out_hess2
+    rmask active

@@ -1,0 +1,471 @@
+"""The readings of a row: its greatest entry, its sums, its outputs."""
+
+cdef inline scalar sum_of_virtual_lanes(const real_sum *total, bint low) noexcept nogil:
+    """Virtual lane i plus i + VIRTUAL / 2, again for the sums, and so on."""
+    cdef real vectors[VECTORS]
+    cdef int n = VECTORS // 2, i
+    for i in range(VECTORS):
+        vectors[i] = total[i].low if low else total[i].high
+    while n > 0:
+        for i in range(n):
+            vectors[i] = vectors[i] + vectors[i + n]
+        n //= 2
+    return r_sum_of_lanes(vectors[0])
+
+
+cdef inline void add_block(real_sum *total, real a, bint first) noexcept nogil:
+    if first:
+        total.high, total.low = a, r_set(0)
+    else:
+        total[0] = r_sum_add(total[0], a)
+
+
+cdef inline real sum_of(real high, real low) noexcept nogil:
+    # an infinite sum has NaN in its low part
+    return r_select(r_eq(r_abs(high), r_set(INF)), high, high + low)
+
+
+cdef inline void reduce(
+    const Job *job, const View *view, bint wide, int level, int kind, int keep, real *sums
+) noexcept nogil:
+    """The sums of a row, in every lane (wide), or of each lane's row (many)."""
+    cdef View here = view[0]           # in registers; no store to an array can change it
+    cdef const View *v = &here
+    cdef Py_ssize_t n_classes = job.n_classes, block, c
+    cdef int n_terms = 1 if kind == SUM_EXP else TERMS
+    cdef int n_lanes = VECTORS if wide else VIRTUAL, lane_step = LANES if wide else 1
+    cdef int lane, j, t, n, present
+    cdef bint plain
+    cdef real block_terms[TERMS][BLOCK]
+    cdef real entry[TERMS]
+    cdef real_sum total[TERMS][VIRTUAL]
+    block = 0
+    while block < n_classes:
+        # all there, and the top entry elsewhere
+        plain = (
+            level != FULL and wide and block + BLOCK * VIRTUAL <= n_classes
+            and not block <= v.top < block + BLOCK * VIRTUAL
+        )
+        for lane in range(n_lanes):
+            c = block + lane * lane_step
+            if c >= n_classes:
+                break
+            if plain:
+                for j in range(BLOCK):
+                    prefetch(v.at[X] + job.at[X].rows + (c + j * VIRTUAL) * <Py_ssize_t>sizeof(storage))
+                    terms(job, v, c + j * VIRTUAL, LANES, wide, level, kind, keep, False, entry)
+                    for t in range(n_terms):
+                        block_terms[t][j] = entry[t]
+            else:
+                present = <int>min(<Py_ssize_t>BLOCK, (n_classes - c + VIRTUAL - 1) // VIRTUAL)
+                for j in range(present):
+                    n = <int>min(<Py_ssize_t>LANES, n_classes - c - j * VIRTUAL) if wide else LANES
+                    if level == FULL:
+                        terms_full(job, v, c + j * VIRTUAL, n, wide, kind, keep, entry)
+                    else:
+                        terms(job, v, c + j * VIRTUAL, n, wide, level, kind, keep, True, entry)
+                    for t in range(n_terms):
+                        block_terms[t][j] = entry[t]
+                if present == 1:
+                    for t in range(n_terms):  # adding zeros would change nothing
+                        add_block(&total[t][lane], entry[t], block == 0)
+                    continue
+                for t in range(n_terms):
+                    for j in range(present, BLOCK):
+                        block_terms[t][j] = r_set(0)
+            for t in range(n_terms):
+                add_block(&total[t][lane], r_add8(block_terms[t]), block == 0)
+        block += BLOCK * VIRTUAL
+    for t in range(n_terms):
+        if wide:
+            sums[t] = r_set(sum_of_virtual_lanes(total[t], False))
+            if n_classes > BLOCK * VIRTUAL:  # else the low parts are 0
+                sums[t] = sum_of(sums[t], r_set(sum_of_virtual_lanes(total[t], True)))
+        else:
+            n = VIRTUAL // 2
+            while n > 0:
+                for lane in range(<int>min(<Py_ssize_t>n, n_classes - n)):  # the others are 0
+                    total[t][lane].high = total[t][lane].high + total[t][lane + n].high
+                    if n_classes > BLOCK * VIRTUAL:
+                        total[t][lane].low = total[t][lane].low + total[t][lane + n].low
+                n //= 2
+            sums[t] = sum_of(total[t][0].high, total[t][0].low)
+
+
+# GCC allots registers well in a function with one loop and badly in one with many, so each loop that matters is a function.
+
+cdef void sum_wide_sparse(const Job *job, const View *v, real *sums) noexcept nogil:
+    reduce(job, v, True, SPARSE, SUM_EXP, FORGET, sums)
+
+cdef void sum_wide_sparse_keeping(const Job *job, const View *v, real *sums) noexcept nogil:
+    reduce(job, v, True, SPARSE, SUM_EXP, STAGED if STORAGE_IS_16_BIT else IN_GRAD, sums)
+
+cdef void sum_wide_dense(const Job *job, const View *v, real *sums) noexcept nogil:
+    reduce(job, v, True, DENSE, SUM_LINEAR, FORGET, sums)
+
+cdef void sum_wide_dense_keeping(const Job *job, const View *v, real *sums) noexcept nogil:
+    reduce(job, v, True, DENSE, SUM_LINEAR, STAGED if STORAGE_IS_16_BIT else IN_GRAD, sums)
+
+cdef void sum_many_sparse(const Job *job, const View *v, real *sums) noexcept nogil:
+    reduce(job, v, False, SPARSE, SUM_EXP, FORGET, sums)
+
+cdef void sum_many_sparse_keeping(const Job *job, const View *v, real *sums) noexcept nogil:
+    reduce(job, v, False, SPARSE, SUM_EXP, STAGED, sums)
+
+cdef void sum_many_dense(const Job *job, const View *v, real *sums) noexcept nogil:
+    reduce(job, v, False, DENSE, SUM_LINEAR, FORGET, sums)
+
+cdef void sum_many_dense_keeping(const Job *job, const View *v, real *sums) noexcept nogil:
+    reduce(job, v, False, DENSE, SUM_LINEAR, STAGED, sums)
+
+cdef void sum_full(const Job *job, const View *v, int kind, int keep, real *sums) noexcept nogil:
+    if job.wide:
+        reduce(job, v, True, FULL, kind, keep, sums)
+    else:
+        reduce(job, v, False, FULL, kind, keep, sums)
+
+
+cdef void sum_rows(const Job *job, const View *v, int kind, int keep, real *sums) noexcept nogil:
+    if job.level == FULL:
+        sum_full(job, v, kind, keep, sums)
+    elif job.wide and job.level == SPARSE:
+        if keep == FORGET:
+            sum_wide_sparse(job, v, sums)
+        else:
+            sum_wide_sparse_keeping(job, v, sums)
+    elif job.wide:
+        if keep == FORGET:
+            sum_wide_dense(job, v, sums)
+        else:
+            sum_wide_dense_keeping(job, v, sums)
+    elif job.level == SPARSE:
+        if keep == FORGET:
+            sum_many_sparse(job, v, sums)
+        else:
+            sum_many_sparse_keeping(job, v, sums)
+    elif keep == FORGET:
+        sum_many_dense(job, v, sums)
+    else:
+        sum_many_dense_keeping(job, v, sums)
+
+
+cdef inline void find_top_wide(
+    const Job *job, const View *view, int level, scalar *maximum, Py_ssize_t *top
+) noexcept nogil:
+    """The maximum of a row and its first place; NaN is passed over."""
+    cdef View here = view[0]
+    cdef const View *v = &here
+    cdef Py_ssize_t n_classes = job.n_classes, block, c, first
+    cdef int k, j, n
+    cdef real best[VECTORS]
+    cdef real best_block[VECTORS]
+    cdef real greatest, m
+    cdef rmask newer
+    cdef scalar blocks[LANES]
+    cdef unsigned lanes
+    for k in range(VECTORS):
+        best[k] = r_set(-INF)
+        best_block[k] = r_set(0)
+    block = 0
+    while block < n_classes:
+        for k in range(VECTORS):
+            greatest = r_set(-INF)
+            if block + BLOCK * VIRTUAL <= n_classes:
+                for j in range(BLOCK):
+                    greatest = r_max(logits(job, v, block + j * VIRTUAL + k * LANES, LANES, True, level), greatest)
+            else:
+                for j in range(BLOCK):
+                    c = block + j * VIRTUAL + k * LANES
+                    if c < n_classes:
+                        n = LANES if c + LANES <= n_classes else <int>(n_classes - c)
+                        greatest = r_max(logits(job, v, c, n, True, level), greatest)
+            newer = r_gt(greatest, best[k])
+            best[k] = r_max(greatest, best[k])
+            best_block[k] = r_select(newer, r_set(<scalar>(block // (BLOCK * VIRTUAL))), best_block[k])
+        block += BLOCK * VIRTUAL
+    greatest = best[0]
+    for k in range(1, VECTORS):
+        greatest = r_max(best[k], greatest)
+    maximum[0] = r_max_of_lanes(greatest)
+    top[0] = 0
+    if maximum[0] == -INF:
+        return
+    # the first block among those of the lanes that reached the maximum; then the first place in it
+    m = r_set(maximum[0])
+    first = n_classes
+    for k in range(VECTORS):
+        lanes = r_lanes_of(r_eq(best[k], m))
+        r_store_scalars(blocks, best_block[k])
+        while lanes:
+            first = min(first, <Py_ssize_t>blocks[lowest_bit(lanes)])
+            lanes &= lanes - 1
+    c = first * BLOCK * VIRTUAL
+    while c < n_classes:
+        n = LANES if c + LANES <= n_classes else <int>(n_classes - c)
+        lanes = r_lanes_of(r_eq(logits(job, v, c, n, True, level), m))
+        if lanes:
+            top[0] = c + lowest_bit(lanes)
+            return
+        c += LANES
+
+
+cdef void top_wide(const Job *job, const View *v, scalar *maximum, Py_ssize_t *top) noexcept nogil:
+    find_top_wide(job, v, SPARSE, maximum, top)
+
+cdef void top_wide_full(const Job *job, const View *v, scalar *maximum, Py_ssize_t *top) noexcept nogil:
+    find_top_wide(job, v, FULL, maximum, top)
+
+
+cdef inline bint lies_in_rows(const Job *job, const char *data, int operand, int n) noexcept nogil:
+    """Whether a full tile of an operand lies in rows of adjacent classes, to be turned block by block."""
+    return (
+        data != NULL and n == LANES and job.n_classes >= CORNER
+        and job.at[operand].classes == sizeof(storage) and job.at[operand].rows != sizeof(storage)
+    )
+
+
+cdef void top_many(const Job *job, View *v, int n, real *stage, real *maximum, real *top) noexcept nogil:
+    """The same for a row in each lane; keeps the logits in `stage` if there is one."""
+    cdef Py_ssize_t c
+    cdef real x, best = r_set(-INF), place = r_set(0), index = r_set(0)
+    cdef bint turned = stage != NULL and lies_in_rows(job, v.at[X], X, n)
+    if turned:
+        turn_in(v.at[X], v.lane[X], job.n_classes, stage)
+        v.kept_logits = stage
+    for c in range(job.n_classes):
+        x = stage[c] if turned else raw_logits(v, c, n, False)
+        if job.level == FULL:
+            x = transformed(job, v, c, n, x)
+        if stage != NULL and (job.level == FULL or not turned):
+            stage[c] = x
+        place = r_select(r_gt(x, best), index, place)
+        best = r_max(x, best)
+        index = index + r_set(1)
+    maximum[0], top[0] = best, place
+
+
+cdef inline void write_all(const Job *job, const View *view, int n, bint wide, int level, int keep) noexcept nogil:
+    """The outputs of a row (wide), or of n rows (many)."""
+    cdef View here = view[0]
+    cdef const View *v = &here
+    cdef Py_ssize_t c = 0, n_classes = job.n_classes
+    if wide:
+        while c + LANES <= n_classes:
+            write(job, v, c, LANES, True, level, keep)
+            c += LANES
+        if c < n_classes:
+            write(job, v, c, <int>(n_classes - c), True, level, keep)
+    else:
+        for c in range(n_classes):
+            write(job, v, c, n, False, level, keep)
+
+
+cdef void write_wide_sparse(const Job *job, const View *v) noexcept nogil:
+    write_all(job, v, 1, True, SPARSE, STAGED if STORAGE_IS_16_BIT else IN_GRAD)
+
+cdef void write_wide_dense(const Job *job, const View *v) noexcept nogil:
+    write_all(job, v, 1, True, DENSE, STAGED if STORAGE_IS_16_BIT else IN_GRAD)
+
+cdef void write_many(const Job *job, const View *v, int n, int keep) noexcept nogil:
+    write_all(job, v, n, False, DENSE if job.dense else SPARSE, keep)
+
+cdef void write_full(const Job *job, const View *v, int n, int keep) noexcept nogil:
+    write_all(job, v, n, job.wide, FULL, keep)
+
+
+cdef void write_rows(const Job *job, const View *v, int n, int keep) noexcept nogil:
+    if job.wide and keep != FORGET and job.level == SPARSE:
+        write_wide_sparse(job, v)
+    elif job.wide and keep != FORGET and job.level == DENSE:
+        write_wide_dense(job, v)
+    elif job.wide or job.level == FULL:
+        write_full(job, v, n, keep)
+    else:
+        write_many(job, v, n, keep)
+
+
+cdef inline scalar dense_of(const Job *job, const Tile *tile, int i, Py_ssize_t c) noexcept nogil:
+    """The dense coefficient of one entry, as `coefficients` has it."""
+    cdef real d = r_set(tile.share[i])
+    if job.at[WHERE].data != NULL:
+        if (tile.at[WHERE] + i * job.at[WHERE].rows + c * job.at[WHERE].classes)[0] == 0:
+            return 0
+    if job.at[Q].data != NULL:
+        d = r_fma(
+            r_set(job.label_share),
+            r_set(s_load(<const storage *>(tile.at[Q] + i * job.at[Q].rows + c * job.at[Q].classes))),
+            d,
+        )
+    if job.weight != NULL:
+        d = d * r_set(job.weight[c])
+    return first_lane(d)
+
+
+cdef inline scalar first_lane(real a) noexcept nogil:
+    cdef scalar lanes[LANES]
+    r_store_scalars(lanes, a)
+    return lanes[0]
+
+
+cdef inline scalar logit_of(const Job *job, const Tile *tile, int i, Py_ssize_t c) noexcept nogil:
+    """One logit, as `logits` has it."""
+    cdef real x = r_set(raw_logit_of(job, tile, i, c))
+    if job.transforms:
+        x = transform_logit(job.transform, x)
+    if job.at[WHERE].data != NULL:
+        if (tile.at[WHERE] + i * job.at[WHERE].rows + c * job.at[WHERE].classes)[0] == 0:
+            return -INF
+    return first_lane(x)
+
+
+cdef inline scalar raw_logit_of(const Job *job, const Tile *tile, int i, Py_ssize_t c) noexcept nogil:
+    return s_load(<const storage *>(tile.at[X] + i * job.at[X].rows + c * job.at[X].classes))
+
+
+cdef struct Label:
+    int status
+    Py_ssize_t value                   # -1: none
+
+
+cdef inline Label label_at(const char *p, int kind, Py_ssize_t n_classes, long long ignore_index) noexcept nogil:
+    """Read a label once, then check and use only that copy: another thread may write to the array meanwhile."""
+    cdef Label label
+    cdef long long value
+    label.value = -1
+    if kind == -8:
+        value = (<const volatile int64_t *>p)[0]
+    elif kind == -4:
+        value = (<const volatile int32_t *>p)[0]
+    elif kind == -2:
+        value = (<const volatile int16_t *>p)[0]
+    elif kind == -1:
+        value = (<const volatile int8_t *>p)[0]
+    elif kind == 1:
+        value = (<const volatile uint8_t *>p)[0]
+    elif kind == 2:
+        value = (<const volatile uint16_t *>p)[0]
+    elif kind == 4:
+        value = (<const volatile uint32_t *>p)[0]
+    else:
+        value = <long long>(<const volatile uint64_t *>p)[0]
+        if value < 0:                  # above the largest int64: neither a class nor ignore_index
+            label.status = INVALID
+            return label
+    if value == ignore_index:
+        label.status = IGNORED
+    elif 0 <= value < n_classes:
+        label.status, label.value = ACTIVE, value
+    else:
+        label.status = INVALID
+    return label
+
+
+cdef inline void open_tile(const Job *job, Tile *tile, Py_ssize_t row, int n) noexcept nogil:
+    """Where the rows lie, and what their labels say."""
+    cdef Py_ssize_t outer = row // job.run, inner = row - outer * job.run, index
+    cdef Label label
+    cdef int i, k, axis
+    tile.n = n
+    for i in range(OPERANDS):
+        tile.at[i] = NULL
+    for i in range(job.n_used):
+        k = job.used[i]
+        tile.at[k] = job.at[k].data + inner * job.at[k].rows
+    for axis in range(job.outer_axes - 1, -1, -1):
+        index = outer % job.outer_shape[axis]
+        outer //= job.outer_shape[axis]
+        for i in range(job.n_used):
+            k = job.used[i]
+            tile.at[k] += index * job.at[k].outer[axis]
+    for i in range(LANES):
+        tile.status[i] = ACTIVE
+    for i in range(LANES):
+        tile.label[i] = -1
+    r_store_scalars(tile.share, r_set(job.share))
+    r_store_scalars(tile.sample, r_set(1))
+    r_store_scalars(tile.index, r_set(0))
+    r_store_scalars(tile.label_logit, r_set(0))
+    if job.wide:                       # ignored rows leave gaps there
+        r_store_scalars(tile.max, r_set(0))
+        for k in range(TERMS):
+            r_store_scalars(tile.sums[k], r_set(0))
+    if tile.at[LABEL] != NULL:
+        for i in range(n):
+            label = label_at(
+                tile.at[LABEL] + i * job.at[LABEL].rows, job.label_kind, job.n_classes, job.ignore_index
+            )
+            tile.label[i] = label.value
+            # the statistics of a row want no label
+            tile.status[i] = label.status if job.what == LOSS else ACTIVE
+            if label.status == ACTIVE:
+                tile.index[i] = job.label_share if job.weight == NULL else job.label_share * job.weight[label.value]
+            elif label.status == INVALID:
+                tile.index[i] = NAN
+    if tile.at[SAMPLE] != NULL:
+        for i in range(n):
+            tile.sample[i] = (<const scalar *>(tile.at[SAMPLE] + i * job.at[SAMPLE].rows))[0]
+    if job.at[WHERE].data != NULL and job.label_smoothing != 0:
+        for i in range(n):
+            index = 0
+            for inner in range(job.n_classes):
+                index += (tile.at[WHERE] + i * job.at[WHERE].rows + inner * job.at[WHERE].classes)[0] != 0
+            tile.share[i] = job.label_smoothing / <scalar>index if index else 0
+
+
+cdef inline void look(const Job *job, const Tile *tile, View *v, int i) noexcept nogil:
+    """A view of row i (wide) or of the whole tile (many)."""
+    cdef bint wide = job.wide
+    cdef int k
+    for k in range(ENTRY_OPERANDS):
+        v.at[k] = tile.at[k]
+        v.step[k] = job.at[k].classes
+        v.lane[k] = job.at[k].classes if wide else job.at[k].rows
+        if wide and v.at[k] != NULL:
+            v.at[k] += i * job.at[k].rows
+    v.kept_logits, v.kept_exp, v.turned_grad = NULL, NULL, NULL
+    v.tops = r_set(-1)
+
+
+cdef inline void finish(const Job *job, Tile *tile) noexcept nogil:
+    """Step 2: the values of the rows, and what step 3 needs, a row in each lane."""
+    cdef row_target t
+    cdef row_result r
+    cdef scalar d_top[LANES]
+    cdef scalar d_label[LANES]
+    cdef scalar elsewhere[LANES]
+    cdef scalar raw_label[LANES]
+    cdef scalar raw_top[LANES]
+    cdef real zero = r_set(0)
+    cdef int i
+    for i in range(LANES):
+        elsewhere[i] = tile.label[i] != tile.top[i] and tile.label[i] >= 0
+    t.d_top, t.d_label = zero, zero
+    if job.dense or job.transforms:
+        for i in range(LANES):
+            d_top[i], d_label[i], raw_label[i], raw_top[i] = 0, 0, 0, 0
+        for i in range(tile.n):
+            if tile.status[i] == IGNORED:
+                continue
+            d_top[i] = dense_of(job, tile, i, tile.top[i])
+            raw_top[i] = raw_logit_of(job, tile, i, tile.top[i])
+            if tile.label[i] >= 0:
+                d_label[i] = dense_of(job, tile, i, tile.label[i])
+                raw_label[i] = raw_logit_of(job, tile, i, tile.label[i])
+        t.d_top, t.d_label = r_load_scalars(d_top), r_load_scalars(d_label)
+    t.index, t.label_logit = r_load_scalars(tile.index), r_load_scalars(tile.label_logit)
+    t.label_is_top = r_eq(r_load_scalars(elsewhere), zero)
+    t.weight = r_load_scalars(tile.sample)
+    t.factor = t.weight * r_set(job.scale)
+    t.z_loss = r_set(job.z_loss)
+    t.sum, t.sum1, t.sum2 = zero, zero, zero
+    if job.dense and job.linear:
+        t.sum = r_load_scalars(tile.sums[1]) + weighted(r_load_scalars(tile.sums[2]), tile.state.log_z)
+        t.sum1 = zero - r_load_scalars(tile.sums[2])
+    elif job.dense:
+        t.sum, t.sum1 = r_load_scalars(tile.phi_sums[0]), r_load_scalars(tile.phi_sums[1])
+        t.sum2 = r_load_scalars(tile.phi_sums[2])
+    r = row_finish(tile.state, t, job.phi, r_set(job.parameter))
+    if job.transforms:
+        transform_derivatives(job.transform, r_load_scalars(raw_top), &r.grad_top, &r.hess_top)
+        transform_derivatives(job.transform, r_load_scalars(raw_label), &r.grad_label, &r.hess_label)
+    tile.result = r

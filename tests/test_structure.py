@@ -1,0 +1,129 @@
+"""What the design promises of every loss: a case, documentation that runs, a benchmark, and nothing imported."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cases import LOSSES
+from checks import DTYPES
+
+import xce
+from xce import _cpu, _reference
+
+ROOT = Path(__file__).parents[1]
+FUNCTIONS = {name: f for name in xce.__all__ if inspect.isfunction(f := getattr(xce, name))}
+PARAMETERS = {name: inspect.signature(f).parameters for name, f in FUNCTIONS.items()}
+PUBLIC_LOSSES = sorted(name for name, parameters in PARAMETERS.items() if "return_grad" in parameters)
+OF_ARRAYS = sorted(name for name, parameters in PARAMETERS.items() if {"logits", "x"} & set(parameters))
+
+
+def sections(f: Callable[..., Any]) -> list[str]:
+    """The headings of a docstring in numpydoc's format."""
+    return re.findall(r"^([A-Z][A-Za-z ]+)\n-{3,}$", inspect.getdoc(f) or "", re.MULTILINE)
+
+
+def test_there_is_something_to_test() -> None:
+    assert "cross_entropy" in PUBLIC_LOSSES
+    assert {"cross_entropy", "softmax", "logsumexp"} <= set(OF_ARRAYS)
+
+
+@pytest.mark.parametrize("loss", PUBLIC_LOSSES)
+def test_every_loss_has_a_case(loss: str) -> None:
+    assert loss in {case.name for case in LOSSES}
+
+
+@pytest.mark.parametrize("case", LOSSES, ids=lambda case: case.name)
+def test_every_case_is_a_public_loss(case: Any) -> None:
+    assert case.function is getattr(xce, case.name)
+    assert case.name in PUBLIC_LOSSES
+    assert case.phi in _reference.PHI
+
+
+def test_every_phi_has_a_case_and_a_kernel() -> None:
+    assert set(_reference.PHI) == {case.phi for case in LOSSES}
+    for storage in DTYPES:
+        assert set(_cpu.kernels(storage).PHI) == set(_reference.PHI)
+
+
+@pytest.mark.parametrize("loss", PUBLIC_LOSSES)
+def test_every_loss_has_a_benchmark(loss: str) -> None:
+    assert loss in benchmarked("LOSSES")
+
+
+@pytest.mark.parametrize("function", sorted(set(OF_ARRAYS) - set(PUBLIC_LOSSES)))
+def test_every_other_function_has_a_benchmark(function: str) -> None:
+    assert function in benchmarked("TRANSFORMS")
+
+
+def benchmarked(table: str) -> set[str]:
+    """The keys of a table of the benchmarks, whose module is read but not imported."""
+    module = ast.parse((ROOT / "asv_benchmarks/benchmarks/common.py").read_text(encoding="utf-8"))
+    for node in module.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == table:
+            assert isinstance(node.value, ast.Dict)
+            return {ast.literal_eval(key) for key in node.value.keys if key is not None}
+    raise AssertionError(f"common.py has no {table}")
+
+
+@pytest.mark.parametrize("function", OF_ARRAYS)
+def test_docstrings_have_all_sections(function: str) -> None:
+    found = sections(FUNCTIONS[function])
+    expected = ["Parameters", "Returns", "Raises", "References", "Examples"]
+    assert [name for name in found if name in expected] == expected
+
+
+@pytest.mark.parametrize("function", sorted(FUNCTIONS))
+def test_docstrings_name_every_parameter_in_order(function: str) -> None:
+    text = (inspect.getdoc(FUNCTIONS[function]) or "") + "\n\nEnd\n---"
+    if not PARAMETERS[function]:
+        return
+    block = re.search(r"^Parameters\n-+\n(.*?)^[A-Z]\w+\n-{3,}$", text, re.MULTILINE | re.DOTALL)
+    assert block, "no section Parameters"
+    described = [
+        name.strip() for line in re.findall(r"^(\w[\w, ]*) :", block[1], re.MULTILINE) for name in line.split(",")
+    ]
+    assert described == list(PARAMETERS[function])
+
+
+@pytest.mark.parametrize("name", [name for name in xce.__all__ if callable(getattr(xce, name))])
+def test_everything_public_has_a_docstring(name: str) -> None:
+    summary = (inspect.getdoc(getattr(xce, name)) or "").split("\n\n")[0]
+    assert summary.endswith(".")
+
+
+DOCTEST = """
+import doctest, sys, xce
+tests = [test for name in {names} for test in doctest.DocTestFinder().find(getattr(xce, name), name, globs={{}})]
+without = set({names}) - {{test.name for test in tests if test.examples}}
+runner = doctest.DocTestRunner()
+for test in tests:
+    runner.run(test)
+sys.exit(f"without an example: {{without}}" if without else runner.failures)
+"""
+
+
+def test_every_public_function_has_examples_that_run() -> None:
+    """In an interpreter of its own: they set threads."""
+    result = subprocess.run(
+        [sys.executable, "-c", DOCTEST.format(names=sorted(FUNCTIONS))], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_importing_the_package_imports_no_other_library() -> None:
+    others = "{'cupy', 'torch', 'jax', 'dask', 'matplotlib', 'scipy', 'sklearn', 'ml_dtypes', 'click', 'rich'}"
+    code = f"import sys, xce; found = {others} & set(sys.modules); sys.exit(f'imported: {{found}}' if found else 0)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_all_that_is_public_is_sorted_and_there() -> None:
+    assert xce.__all__ == sorted(xce.__all__)
+    assert all(hasattr(xce, name) for name in xce.__all__)

@@ -1,0 +1,339 @@
+"""How many threads run, and what calls survive: forks, Ctrl-C, many callers, labels that change meanwhile.
+
+What could hang or kill the interpreter runs in one of its own, with a time limit.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from checks import machine_of, same_bits
+
+import xce
+from xce import _threads
+from xce._cpu import runtime
+
+X = np.random.default_rng(0).standard_normal((3000, 100), np.float32)
+Y = np.arange(3000) % 100
+
+needs_openmp = pytest.mark.skipif(runtime.openmp_version() == 0, reason="built without OpenMP")
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+
+
+def run_apart(code: str, timeout: float = 60, **environment: str) -> str:
+    """Run code in a new interpreter and return what it prints."""
+    environment = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")} | environment
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+@pytest.fixture(autouse=True)
+def cap() -> Iterator[None]:
+    """Leave the cap as it was."""
+    before = _threads._cap
+    yield
+    _threads._cap = before
+
+
+# How many
+
+
+def test_the_cap_is_set_and_removed() -> None:
+    with machine_of(8):
+        assert xce.get_num_threads() == 8
+        xce.set_num_threads(3)
+        assert xce.get_num_threads() == 3
+        xce.set_num_threads(100_000)
+        assert xce.get_num_threads() == 8
+        xce.set_num_threads(None)
+        assert xce.get_num_threads() == 8
+
+
+def test_the_context_restores_the_cap_also_after_an_error() -> None:
+    with machine_of(8):
+        xce.set_num_threads(5)
+        with xce.num_threads(2):
+            assert xce.get_num_threads() == 2
+            with xce.num_threads(None):
+                assert xce.get_num_threads() == 8
+            assert xce.get_num_threads() == 2
+        with pytest.raises(KeyError), xce.num_threads(1):
+            raise KeyError
+        assert xce.get_num_threads() == 5
+        with pytest.raises(ValueError, match="n=0"), xce.num_threads(0):
+            pass
+        assert xce.get_num_threads() == 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "n"), [(ValueError, 0), (ValueError, -1), (TypeError, 2.0), (TypeError, "2"), (TypeError, True)]
+)
+def test_caps_that_are_refused(kind: type[Exception], n: Any) -> None:
+    before = _threads._cap
+    with pytest.raises(kind, match="n"):
+        xce.set_num_threads(n)
+    assert _threads._cap == before
+
+
+def test_the_team_is_the_least_of_all_limits() -> None:
+    plenty = 10**9
+    with machine_of(8):
+        assert _threads.team(None, plenty) == 8
+        assert _threads.team(3, plenty) == 3
+        assert _threads.team(100_000, plenty) == 8
+        assert _threads.team(2**62, plenty) == 8
+        assert _threads.team(None, 1) == _threads.team(8, 1) == 1  # too little work
+        assert 1 < _threads.team(None, 3 * _threads.LOGITS_PER_THREAD) <= 3
+        with xce.num_threads(2):
+            assert _threads.team(None, plenty) == _threads.team(5, plenty) == 2
+
+
+def test_hardware_limits(tmp_path: Any) -> None:
+    assert 1 <= _threads.hardware_limit() <= (os.cpu_count() or 1)
+    for text, n in (("max 100000", sys.maxsize), ("150000 100000", 2), ("400000 100000", 4), ("1000 100000", 1)):
+        (tmp_path / "cpu.max").write_text(text)
+        assert _threads._group_quota(tmp_path) == n
+    (tmp_path / "cpu.max").unlink()
+    assert _threads._group_quota(tmp_path) == sys.maxsize
+    (tmp_path / "cpu").mkdir()
+    for quota, n in (("-1", sys.maxsize), ("300000", 3)):
+        (tmp_path / "cpu/cpu.cfs_quota_us").write_text(quota)
+        (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000")
+        assert _threads._group_quota(tmp_path) == n
+
+
+COUNT = "import xce; from xce import _threads; _threads.hardware_limit = lambda: 8; print(xce.get_num_threads())"
+
+
+@needs_openmp
+@pytest.mark.parametrize(
+    ("environment", "n"),
+    [
+        ({"OMP_NUM_THREADS": "3"}, 3),
+        ({"OMP_NUM_THREADS": "64"}, 8),
+        ({"XCE_NUM_THREADS": "2", "OMP_NUM_THREADS": "5"}, 2),
+        ({"XCE_NUM_THREADS": "7", "OMP_NUM_THREADS": "5"}, 5),
+    ],
+)
+def test_environment_variables(environment: dict[str, str], n: int) -> None:
+    assert int(run_apart(COUNT, **environment)) == n
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two", "", "1.5"])
+def test_environment_variables_that_are_refused(value: str) -> None:
+    code = f"try:\n    import xce\nexcept ValueError as error:\n    print(error)\nelse:\n    print({value!r})"
+    assert "XCE_NUM_THREADS" in run_apart(code, XCE_NUM_THREADS=value)
+
+
+@needs_openmp
+def test_threadpoolctl_limits_the_threads() -> None:
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    before = xce.get_num_threads()
+    with threadpoolctl.threadpool_limits(1, user_api="openmp"):
+        assert xce.get_num_threads() == 1
+        assert _threads.team(8, 10**9) == 1
+    assert xce.get_num_threads() == before
+
+
+@pytest.mark.parametrize("n", [1, 2, 100_000, 2**62, np.int8(3), None])
+def test_any_number_may_be_asked_for(n: Any) -> None:
+    expected = xce.cross_entropy(X, Y, n_threads=1)
+    assert xce.cross_entropy(X, Y, n_threads=n) == expected
+    with machine_of(4):
+        assert xce.cross_entropy(X, Y, n_threads=n) == expected
+
+
+# Forks
+
+FORK = """
+import os, sys, numpy, xce
+from xce import _threads
+_threads.hardware_limit = lambda: 4
+x, y = numpy.random.default_rng(0).standard_normal((3000, 100), numpy.float32), numpy.arange(3000) % 100
+
+def call():
+    value, grad = xce.cross_entropy(x, y, return_grad=True)
+    return value.tobytes() + grad.tobytes()
+
+def n_tasks():
+    return len(os.listdir("/proc/self/task")) if os.path.exists("/proc/self/task") else 0
+
+before = call()
+"""
+
+FORK_OS = (
+    FORK
+    + """
+def child(depth):
+    pid = os.fork()
+    if pid == 0:
+        alone = n_tasks()
+        good = call() == before
+        parallel = n_tasks() - alone == 3 or not n_tasks()
+        print("child", good, parallel, _threads.get_num_threads(), flush=True)
+        if depth > 1:
+            child(depth - 1)
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+
+child(2)
+child(1)
+print("parent", call() == before)
+"""
+)
+
+FORK_POOL = (
+    FORK
+    + """
+import multiprocessing
+
+def work(i):
+    return call() == before, _threads.get_num_threads()
+
+with multiprocessing.get_context("fork").Pool(3) as pool:
+    print(pool.map(work, range(6)))
+"""
+)
+
+
+@needs_fork
+@needs_openmp
+def test_a_forked_child_computes_in_parallel_and_so_does_its_child() -> None:
+    lines = run_apart(FORK_OS, OMP_NUM_THREADS="4").splitlines()
+    assert lines == ["child True True 4"] * 3 + ["parent True"]
+
+
+@needs_fork
+def test_processes_of_multiprocessing() -> None:
+    result = run_apart(FORK_POOL, OMP_NUM_THREADS="4")
+    assert eval(result) == [(True, 4 if runtime.openmp_version() else 1)] * 6
+
+
+# Ctrl-C
+
+INTERRUPTED = """
+import os, signal, threading, time, numpy, xce
+rows = 2**25
+x = numpy.broadcast_to(numpy.arange(4096, dtype="f4"), (rows, 4096))  # 137,000,000,000 logits
+y = numpy.broadcast_to(numpy.int64(7), (rows,))
+sent = []
+
+def interrupt():
+    time.sleep(0.3)
+    sent.append(time.perf_counter())
+    os.kill(os.getpid(), signal.SIGINT)
+
+thread = threading.Thread(target=interrupt)
+thread.start()
+try:
+    xce.cross_entropy(x, y, validate=False, n_threads={n})
+except KeyboardInterrupt:
+    print(time.perf_counter() - sent[0])
+thread.join()
+print(xce.cross_entropy(x[:3], y[:3]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
+@pytest.mark.parametrize("n", [1, 2])
+def test_ctrl_c_ends_a_long_call(n: int) -> None:
+    seconds, value = map(float, run_apart(INTERRUPTED.format(n=n)).split())
+    assert seconds < 1
+    assert value == pytest.approx(4095 - 7 + 0.4586751453870819)
+
+
+# Many callers
+
+
+def test_fifty_threads_at_once() -> None:
+    shapes = [(1 + i % 7, 3 + 17 * (i % 11)) for i in range(49)] + [(3000, 100)]
+    calls = []
+    for i, shape in enumerate(shapes):
+        rng = np.random.default_rng(i)
+        calls.append(
+            (rng.standard_normal(shape).astype(("f4", "f8", "f2")[i % 3]), rng.integers(shape[1], size=shape[0]))
+        )
+
+    def call(i: int) -> Any:
+        return xce.cross_entropy(*calls[i], return_grad=True, return_hess=True, label_smoothing=0.1 * (i % 2))
+
+    expected = [call(i) for i in range(50)]
+    start = threading.Barrier(50)
+
+    def repeat(i: int) -> bool:
+        start.wait()
+        for _ in range(20):
+            for result, value in zip(call(i), expected[i], strict=True):
+                same_bits(result, value)
+        return True
+
+    with machine_of(4), ThreadPoolExecutor(50) as pool:
+        assert all(pool.map(repeat, range(50)))
+
+
+def test_other_threads_run_during_a_call() -> None:
+    x, y = np.broadcast_to(np.arange(1024, dtype=np.float32), (2**19, 1024)), np.broadcast_to(np.int64(7), (2**19,))
+    started, ended = threading.Event(), threading.Event()
+
+    def call() -> None:
+        started.set()
+        xce.cross_entropy(x, y, n_threads=1)
+        ended.set()
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    started.wait()
+    ticks = 0
+    while not ended.is_set():
+        ticks += 1
+        time.sleep(0.001)
+    thread.join()
+    assert ticks >= 10  # with the GIL held it would be 1 or 2
+
+
+CHANGING = """
+import threading, time, numpy, xce
+rng = numpy.random.default_rng(0)
+x, y = rng.standard_normal((4000, 70)).astype("f4"), numpy.zeros(4000, int)
+w, ended, outcomes = numpy.ones(70, "f4"), False, set()
+
+def spoil():
+    while not ended:
+        y[:] = 2**62
+        y[::7] = -(2**63)
+        y[:] = 3
+
+thread = threading.Thread(target=spoil)
+thread.start()
+end = time.perf_counter() + 2
+try:
+    while time.perf_counter() < end:
+        for validate in (True, False):
+            for options in ({}, {"weight": w}, {"label_smoothing": 0.1, "weight": w}):
+                try:
+                    value, grad = xce.cross_entropy(x, y, validate=validate, return_grad=True, **options)
+                    outcomes.add("NaN" if numpy.isnan(value) else "value")
+                    stats = xce.logit_stats(x, y, validate=validate)
+                except xce.LabelError:
+                    outcomes.add("error")
+finally:
+    ended = True
+    thread.join()
+print(*sorted(outcomes))
+"""
+
+
+def test_labels_that_another_thread_changes() -> None:
+    assert set(run_apart(CHANGING).split()) <= {"NaN", "error", "value"}
