@@ -81,7 +81,8 @@ cdef inline real without_top(const View *v, real a, Py_ssize_t c, bint wide) noe
 
 
 cdef inline void terms(
-    const Job *job, const View *v, Py_ssize_t c, int n, bint wide, int level, int kind, int keep, bint skip_top, real *out
+    const Job *job, const View *v, Py_ssize_t c, int n,
+    bint wide, int level, int kind, int keep, bint skip_top, real *out,
 ) noexcept nogil:
     """What an entry adds to the sums of its row; the top entry adds nothing."""
     cdef real x = logits(job, v, c, n, wide, level), e = r_exp_relative(x, v.ref), d

@@ -8,10 +8,10 @@ A row is one softmax: all classes of one sample. Rows are worked off in tiles of
 2. finish up to LANES rows at once, one in each lane (``row_finish`` of formulas.h);
 3. write gradient and Hessian diagonal, and set right the two entries where p - 1 would have cancelled.
 
-Two schedules do steps 1 and 3. *wide* puts the lanes along the classes of one row, *many* puts LANES rows into the lanes and
-walks over the classes. Both add in the same order: class c belongs to virtual lane c mod VIRTUAL, eight terms of a lane
-make a block, blocks are added in double precision of the type, lanes are added pairwise. So a row has the same bits in any
-schedule, layout, batch or thread.
+Two schedules do steps 1 and 3. *wide* puts the lanes along the classes of one row, *many* puts LANES rows into the
+lanes and walks over the classes. Both add in the same order: class c belongs to virtual lane c mod VIRTUAL, eight terms
+of a lane make a block, blocks are added in double precision of the type, lanes are added pairwise. So a row has the
+same bits in any schedule, layout, batch or thread.
 
 This file is compiled once for each instruction set and storage type (see primitives.h); it knows no loss.
 """
@@ -267,8 +267,8 @@ def run(
 ):
     """Compute what is asked for into the arrays that are not None; the sum of the losses.
 
-    All arrays are checked: native byte order, logits, q, grad and hess of this module's storage type, weight and sample_weight
-    and the outputs of rows of its scalar type, shapes as they must be, at least one row and one class.
+    All arrays are checked: native byte order, logits, q, grad and hess of this module's storage type, weight,
+    sample_weight and the outputs of rows of its scalar type, shapes as they must be, at least one row and one class.
     `label_kind` is the size of the labels' type in bytes, negative for a signed one.
     """
     cdef Job job

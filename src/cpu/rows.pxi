@@ -39,6 +39,9 @@ cdef inline void reduce(
     cdef real block_terms[TERMS][BLOCK]
     cdef real entry[TERMS]
     cdef real_sum total[TERMS][VIRTUAL]
+    for t in range(n_terms):
+        for lane in range(VECTORS if wide else 1):
+            total[t][lane].high, total[t][lane].low = r_set(0), r_set(0)
     block = 0
     while block < n_classes:
         # all there, and the top entry elsewhere
@@ -92,7 +95,7 @@ cdef inline void reduce(
             sums[t] = sum_of(total[t][0].high, total[t][0].low)
 
 
-# GCC allots registers well in a function with one loop and badly in one with many, so each loop that matters is a function.
+# GCC allots registers well in a function of one loop and badly in one of many: each loop that matters is a function.
 
 cdef void sum_wide_sparse(const Job *job, const View *v, real *sums) noexcept nogil:
     reduce(job, v, True, SPARSE, SUM_EXP, FORGET, sums)

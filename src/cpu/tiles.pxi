@@ -32,7 +32,7 @@ cdef inline real lane(real a, int i) noexcept nogil:
 
 
 cdef inline void set_entries(const Job *job, const Tile *tile) noexcept nogil:
-    """Write the derivatives at the top entries and at the labels, which entry by entry would have lost their accuracy."""
+    """Write the derivatives at the top entries and at the labels, where p - 1 would have lost its digits."""
     cdef scalar grad_top[LANES]
     cdef scalar hess_top[LANES]
     cdef scalar grad_label[LANES]
@@ -208,7 +208,9 @@ cdef inline void put_rows(const Job *job, const Tile *tile, int k, real a, bint 
         return
     r_store_scalars(lanes, a)
     for i in range(tile.n):
-        (<scalar *>(tile.at[k] + i * job.at[k].rows))[0] = 0 if zero_if_ignored and tile.status[i] == IGNORED else lanes[i]
+        if zero_if_ignored and tile.status[i] == IGNORED:
+            lanes[i] = 0
+        (<scalar *>(tile.at[k] + i * job.at[k].rows))[0] = lanes[i]
 
 
 cdef Py_ssize_t first_nan(const Job *job, const Tile *tile, int i) noexcept nogil:
