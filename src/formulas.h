@@ -120,7 +120,8 @@ XCE_FN row_result row_finish(row_state s, row_target t, int phi, real parameter)
     row_result r;
     r.value = t.sum + weighted(a_top, top.value) + weighted(index, label.value);
     r.value = weighted(t.weight, r_select(r_eq(t.z_loss, zero), r.value, r.value + t.z_loss * lse * lse));
-    r.value = r_select(r_eq(s.log_z, s.log_z), r.value, s.log_z); /* a NaN row is NaN whatever weighs it */
+    real sick = s.log_z + t.index; /* a row with NaN, or with a bad label, is NaN whatever weighs it */
+    r.value = r_select(r_eq(sick, sick), r.value, sick);
     two_z = r_select(r_eq(two_z, zero), zero, two_z * lse);
     /* a_top phi' is kept out of b for the top entry itself: p - 1 would cancel there */
     real b_others = t.sum1 + weighted(index, label.d1) - two_z;

@@ -379,6 +379,13 @@ XCE_CALLED void r_scatter(char *p, ptrdiff_t stride, real a, int n)
     for (int i = 0; i < n; i++)
         s_store((storage *)(p + i * stride), a[i]);
 }
+XCE_CALLED real r_gather_scalars(const char *p, ptrdiff_t stride, int n) /* of the type of the computation */
+{
+    scalar a[XCE_LANES] = {0};
+    for (int i = 0; i < n; i++)
+        memcpy(&a[i], p + i * stride, sizeof a[i]);
+    return r_load_scalars(a);
+}
 XCE_CALLED rmask r_gather_bytes(const char *p, ptrdiff_t stride, int n) /* a lane is set where its byte is not 0 */
 {
     ints a;

@@ -141,7 +141,7 @@ def _loss(call: Call) -> tuple[Array, Array | None, Array | None]:
 
     nan_row = xp.isnan(u[..., 0])
     loss = xp.where(target.ignored, 0.0, xp.where(nan_row, math.nan, loss))
-    silent = target.ignored[..., None] | ~(kept | nan_row[..., None])
+    silent = target.ignored[..., None] | ~kept
     grad, hess = xp.where(silent, 0.0, grad), xp.where(silent, 0.0, hess)
 
     if call.reduction != "none":

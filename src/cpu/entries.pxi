@@ -49,7 +49,9 @@ cdef inline real logits(const Job *job, const View *v, Py_ssize_t c, int n, bint
 cdef inline real coefficients(const Job *job, const View *v, Py_ssize_t c, int n, bint wide, int level) noexcept nogil:
     """The dense coefficients d = w ((1 - eps) q + eps / C); 0 past the end of a row and where a class is removed."""
     cdef real d = v.share
-    if v.at[Q] != NULL:
+    if level == FULL and job.q_is_scalar:
+        d = r_fma(r_set(job.label_share), r_gather_scalars(v.at[Q] + c * v.step[Q], v.lane[Q], n), d)
+    elif v.at[Q] != NULL:
         d = r_fma(
             r_set(job.label_share),
             fetch(v.at[Q] + place_of(v, Q, c, wide, level), v.lane[Q], n, 0, wide and level != FULL),

@@ -72,7 +72,7 @@ cdef struct Job:
     scalar z_loss
     scalar scale                       # of derivatives: 1 / denominator of the mean
     logit_transform transform
-    bint transforms, linear, dense, want_grad, want_hess, writes, wide
+    bint q_is_scalar, transforms, linear, dense, want_grad, want_hess, writes, wide
     int level, tile_rows
     Py_ssize_t unit_rows
 

@@ -89,6 +89,7 @@ cdef extern from "formulas.h" nogil:
     void r_store_part(storage *p, real a, int n)
     real r_gather(const char *p, Py_ssize_t stride, int n, scalar fill)
     void r_scatter(char *p, Py_ssize_t stride, real a, int n)
+    real r_gather_scalars(const char *p, Py_ssize_t stride, int n)
     void turn_in(const char *rows, Py_ssize_t stride, Py_ssize_t n, real *vectors)
     void turn_out(const real *vectors, Py_ssize_t n, char *rows, Py_ssize_t stride)
     rmask r_gather_bytes(const char *p, Py_ssize_t stride, int n)
@@ -262,13 +263,14 @@ PHI = {(<bytes>PHI_NAMES[_i]).decode(): _i for _i in range(PHI_COUNT)}
 
 def run(
     int what, int phi, double parameter, logits, int axis, label, int label_kind, q, where, weight, sample_weight,
-    long long ignore_index, double label_smoothing, double temperature, double softcap, double z_loss, double scale,
+    bint q_is_scalar, long long ignore_index, double label_smoothing, double temperature, double softcap, double z_loss, double scale,
     value, grad, hess, label_logit, top, rank, spread, linear, int n_threads,
 ):
     """Compute what is asked for into the arrays that are not None; the sum of the losses.
 
-    All arrays are checked: native byte order, logits, q, grad and hess of this module's storage type, weight,
-    sample_weight and the outputs of rows of its scalar type, shapes as they must be, at least one row and one class.
+    All arrays are checked: native byte order, logits, q, grad and hess of this module's storage type (or q of its scalar
+    type: `q_is_scalar`), weight, sample_weight and the outputs of rows of its scalar type, shapes as they must be, at
+    least one row and one class.
     `label_kind` is the size of the labels' type in bytes, negative for a signed one.
     """
     cdef Job job
@@ -313,6 +315,7 @@ def run(
     job.transform.softcap, job.transform.temperature = <scalar>softcap, <scalar>temperature
     job.transforms = softcap != 0 or temperature != 1
     job.linear = phi == PHI_CROSS_ENTROPY
+    job.q_is_scalar = q_is_scalar
     job.dense = what == STATE or (what == LOSS and (q is not None or label_smoothing != 0))
     job.want_grad, job.want_hess = grad is not None, hess is not None
     job.writes = job.want_grad or job.want_hess
@@ -320,7 +323,7 @@ def run(
         (job.at[X].classes == sizeof(storage) and job.n_classes > MANY_UP_TO) or job.n_classes > MANY_AT_MOST
     )
     job.level = FULL
-    if not job.transforms and where is None and what != STATS and (job.linear or not job.dense) and (
+    if not job.transforms and where is None and not q_is_scalar and what != STATS and (job.linear or not job.dense) and (
         not job.wide or adjacent(&job)
     ):
         job.level = DENSE if job.dense else SPARSE

@@ -290,15 +290,14 @@ cdef void write_rows(const Job *job, const View *v, int n, int keep) noexcept no
 cdef inline scalar dense_of(const Job *job, const Tile *tile, int i, Py_ssize_t c) noexcept nogil:
     """The dense coefficient of one entry, as `coefficients` has it."""
     cdef real d = r_set(tile.share[i])
+    cdef const char *q = tile.at[Q] + i * job.at[Q].rows + c * job.at[Q].classes
     if job.at[WHERE].data != NULL:
         if (tile.at[WHERE] + i * job.at[WHERE].rows + c * job.at[WHERE].classes)[0] == 0:
             return 0
-    if job.at[Q].data != NULL:
-        d = r_fma(
-            r_set(job.label_share),
-            r_set(s_load(<const storage *>(tile.at[Q] + i * job.at[Q].rows + c * job.at[Q].classes))),
-            d,
-        )
+    if job.q_is_scalar:
+        d = r_fma(r_set(job.label_share), r_gather_scalars(q, 0, 1), d)
+    elif job.at[Q].data != NULL:
+        d = r_fma(r_set(job.label_share), r_set(s_load(<const storage *>q)), d)
     if job.weight != NULL:
         d = d * r_set(job.weight[c])
     return first_lane(d)

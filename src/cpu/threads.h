@@ -21,7 +21,7 @@ static int xce_forked_with_team; /* in a child: its threads were lost while Open
 static int xce_team_released;
 static void xce_before_fork(void)
 {
-#if _OPENMP >= 201811
+#if _OPENMP >= 201811 || (defined(__GNUC__) && !defined(__clang__)) /* GCC has it, but declares itself older */
     xce_team_released = !omp_in_parallel() && omp_pause_resource_all(omp_pause_soft) == 0;
 #endif
 }

@@ -239,7 +239,9 @@ cdef inline void put_stats(const Job *job, const Tile *tile) noexcept nogil:
     cdef row_state s = tile.state
     cdef scalar label_logit
     cdef Py_ssize_t nan, rank
+    cdef scalar log_z[LANES]
     cdef int i
+    r_store_scalars(log_z, s.log_z)
     if job.what == STATE:
         put_rows(job, tile, VALUE, s.max, False)
         put_rows(job, tile, SPREAD, s.rest / s.top, False)
@@ -253,7 +255,7 @@ cdef inline void put_stats(const Job *job, const Tile *tile) noexcept nogil:
         if job.what == STATE:
             continue
         nan = -1
-        if tile.sums[0][i] != tile.sums[0][i]:
+        if log_z[i] != log_z[i]:
             nan = first_nan(job, tile, i)
         rank = -1
         if tile.label[i] >= 0 and nan < 0:

@@ -22,6 +22,8 @@ _LABEL_KINDS = {
     np.dtype(f"{sign}int{8 * size}"): size * (1 if sign else -1) for sign in ("u", "") for size in (1, 2, 4, 8)
 }
 
+_SMALLEST, _LARGEST = 1e-30, 1e30  # denominators that float32 can divide by
+
 _KERNELS: dict[np.dtype[Any], tuple[ModuleType, np.dtype[Any]]] = {}
 
 
@@ -79,29 +81,20 @@ def _loss(call: Call, kernels: ModuleType, scalar: np.dtype[Any]) -> Any:
     )
     kind = _LABEL_KINDS.get(target.dtype, 0)
     label, q = (target, None) if kind else (None, target)
-    if q is not None and q.dtype != logits.dtype:
-        q = _cast(q, logits.dtype)
+    q_is_scalar = q is not None and q.dtype != logits.dtype
+    if q_is_scalar:
+        q = _cast(q, scalar)
+        q_is_scalar = scalar != logits.dtype
     if weight is not None:
         weight = np.ascontiguousarray(_cast(weight, scalar))
     if sample_weight is not None:
         sample_weight = _cast(sample_weight, scalar)
     rows = _rows(call)
-    n_classes = logits.shape[axis]
-
     denominator = 1.0
     if call.reduction == "mean":
-        if label is not None:
-            denominator = kernels.denominator(
-                label.reshape(-1),
-                kind,
-                n_classes,
-                call.ignore_index,
-                weight,
-                None if sample_weight is None else sample_weight.reshape(-1),
-            )
-        else:
-            n_rows = logits.size // n_classes
-            denominator = n_rows if sample_weight is None else float(np.sum(sample_weight, dtype=np.float64))
+        denominator = _denominator(kernels, call, label, kind, weight, sample_weight)
+        if logits.dtype == np.float32 and 0 < denominator < np.inf and not _SMALLEST < denominator < _LARGEST:
+            return _loss_in_float64(call)
     value = np.empty(rows, scalar) if call.reduction == "none" else None
     grad = hess = None
     if call.return_grad:
@@ -113,8 +106,8 @@ def _loss(call: Call, kernels: ModuleType, scalar: np.dtype[Any]) -> Any:
     if logits.size:
         total = kernels.run(
             _LOSS, kernels.PHI[call.phi], call.phi_param, logits, axis, label, kind, q, call.where, weight,
-            sample_weight, call.ignore_index, call.label_smoothing, call.temperature, call.softcap or 0.0, call.z_loss,
-            1.0 / denominator if denominator else 0.0, value, grad, hess, None, None, None, None, None,
+            sample_weight, q_is_scalar, call.ignore_index, call.label_smoothing, call.temperature, call.softcap or 0.0,
+            call.z_loss, 1.0 / denominator if denominator else 0.0, value, grad, hess, None, None, None, None, None,
             _threads.team(call.n_threads, logits.size),
         )  # fmt: skip
     if value is not None:
@@ -122,6 +115,31 @@ def _loss(call: Call, kernels: ModuleType, scalar: np.dtype[Any]) -> Any:
     if call.reduction == "mean":
         total = total / denominator if denominator else float("nan")
     return scalar.type(total), grad, hess
+
+
+def _loss_in_float64(call: Call) -> Any:
+    """The mean over weights whose sum has no reciprocal in float32."""
+    float64 = np.dtype(np.float64)
+    loss, *derivatives = run(call._replace(logits=call.logits.astype(float64), grad_out=None, hess_out=None))
+    results: list[Any] = [np.float32(loss)]
+    for x, out in zip(derivatives, (call.grad_out, call.hess_out), strict=True):
+        if x is None or out is None:
+            results.append(None if x is None else x.astype(np.float32))
+        else:
+            out[...] = x
+            results.append(out)
+    return tuple(results)
+
+
+def _denominator(kernels: ModuleType, call: Call, label: Any, kind: int, weight: Any, sample_weight: Any) -> float:
+    """What the mean divides by."""
+    n_classes = call.logits.shape[call.axis]
+    if label is not None:
+        s = None if sample_weight is None else sample_weight.reshape(-1)
+        return float(kernels.denominator(label.reshape(-1), kind, n_classes, call.ignore_index, weight, s))
+    if sample_weight is not None:
+        return float(np.sum(sample_weight, dtype=np.float64))
+    return float(call.logits.size / n_classes)
 
 
 def _map(call: Call, kernels: ModuleType, scalar: np.dtype[Any]) -> Any:
@@ -162,24 +180,14 @@ def _run_rows(
         kernels.run(
             what, 0, 0.0, call.logits, call.axis, call.target,
             0 if call.target is None else _LABEL_KINDS[call.target.dtype], None, call.where, call.weight, None,
-            call.ignore_index, 0.0, call.temperature, call.softcap or 0.0, 0.0, 1.0, value, grad, None, label_logit,
-            top, rank, spread, linear, _threads.team(call.n_threads, call.logits.size),
+            False, call.ignore_index, 0.0, call.temperature, call.softcap or 0.0, 0.0, 1.0, value, grad, None,
+            label_logit, top, rank, spread, linear, _threads.team(call.n_threads, call.logits.size),
         )  # fmt: skip
 
 
 def _cast(x: Any, dtype: np.dtype[Any]) -> Any:
-    """`x` in another floating type, with its strides of 0 kept."""
-    if x.dtype == dtype:
-        return x
-    if dtype_name(dtype) == "bfloat16":
-        return _narrow(_cast(x, np.dtype(np.float32)), dtype)
-    return _scan.widen(x).astype(dtype)
-
-
-def _narrow(x: Any, dtype: np.dtype[Any]) -> Any:
-    """float32 to the bits of bfloat16, to nearest, ties to even."""
-    bits = x.view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16).view(dtype)
+    """`x` in the floating type of the computation."""
+    return x if x.dtype == dtype else _scan.widen(x).astype(dtype)
 
 
 def _state(call: Call, kernels: ModuleType, scalar: np.dtype[Any]) -> tuple[Any, Any, Any, Any]:
