@@ -204,3 +204,34 @@ def test_all_shifts_of_a_row_agree(dtype: str) -> None:
         errors = errors_of(x, np.array([1]), exact_by_longdouble(x))
         assert_within_limits(errors)
         assert ulps(xce.softmax(x), exact.p) <= LIMITS["softmax"]
+
+
+# The worst of 20 million rows of the kind "wide" whose label is the largest logit: dtype, seed, classes, row. All
+# other results of those rows kept their limits. About one such row in 60,000 is off by more than 4 ULP: exp errs
+# by up to 1 ULP in the largest entry and in the one that dominates the rest, and their quotient is rounded again.
+HARD_ROWS = [
+    ("float64", 233, 100, 463), ("float64", 1183, 100, 66), ("float64", 1333, 100, 110), ("float64", 1441, 10, 1070),
+    ("float32", 177, 100, 250), ("float32", 312, 100, 53), ("float32", 66, 100, 418), ("float32", 594, 10, 4487),
+]  # fmt: skip
+
+
+def errors_of_hard_rows() -> list[float]:
+    errors = []
+    for dtype, seed, n_classes, row in HARD_ROWS:
+        rows = np.random.default_rng([seed, n_classes]).standard_normal((60_000 // n_classes, n_classes))
+        x = (10 * rows)[row : row + 1].astype(dtype)
+        y = x.argmax(-1)
+        value = xce.cross_entropy(x, y, reduction="none")
+        errors.append(ulps(value, -exact_by_longdouble(x).u[[0], y]))
+    return errors
+
+
+@pytest.mark.skipif(not HAS_LONGDOUBLE, reason="longdouble is too short here")
+def test_the_worst_rows_known() -> None:
+    assert max(errors_of_hard_rows()) <= 6
+
+
+@pytest.mark.skipif(not HAS_LONGDOUBLE, reason="longdouble is too short here")
+@pytest.mark.xfail(reason="5.9 ULP found where the target is 4 everywhere", strict=True)
+def test_the_worst_rows_keep_the_limit() -> None:
+    assert max(errors_of_hard_rows()) <= LIMITS["loss"]

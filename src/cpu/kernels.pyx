@@ -263,13 +263,13 @@ PHI = {(<bytes>PHI_NAMES[_i]).decode(): _i for _i in range(PHI_COUNT)}
 
 def run(
     int what, int phi, double parameter, logits, int axis, label, int label_kind, q, where, weight, sample_weight,
-    bint q_is_scalar, long long ignore_index, double label_smoothing, double temperature, double softcap, double z_loss, double scale,
-    value, grad, hess, label_logit, top, rank, spread, linear, int n_threads,
+    bint q_is_scalar, long long ignore_index, double label_smoothing, double temperature, double softcap,
+    double z_loss, double scale, value, grad, hess, label_logit, top, rank, spread, linear, int n_threads,
 ):
     """Compute what is asked for into the arrays that are not None; the sum of the losses.
 
-    All arrays are checked: native byte order, logits, q, grad and hess of this module's storage type (or q of its scalar
-    type: `q_is_scalar`), weight, sample_weight and the outputs of rows of its scalar type, shapes as they must be, at
+    All arrays are checked: native byte order, logits, q, grad and hess of this module's storage type (or q of its
+    scalar type: `q_is_scalar`), weight, sample_weight and the outputs of rows of its scalar type, shapes as they must be, at
     least one row and one class.
     `label_kind` is the size of the labels' type in bytes, negative for a signed one.
     """
@@ -323,8 +323,9 @@ def run(
         (job.at[X].classes == sizeof(storage) and job.n_classes > MANY_UP_TO) or job.n_classes > MANY_AT_MOST
     )
     job.level = FULL
-    if not job.transforms and where is None and not q_is_scalar and what != STATS and (job.linear or not job.dense) and (
-        not job.wide or adjacent(&job)
+    if (
+        not job.transforms and where is None and not q_is_scalar and what != STATS
+        and (job.linear or not job.dense) and (not job.wide or adjacent(&job))
     ):
         job.level = DENSE if job.dense else SPARSE
     # a wide tile takes as many rows as the stage holds, so that their finishing shares the lanes
