@@ -67,10 +67,13 @@ XCE_FN row_state row_close(real max, real rest)
     row_state s;
     s.ref = r_exp_reference(max);
     s.max = max;
-    s.top = r_exp_relative(max, s.ref);
+    real top_low;
+    s.top = r_exp_relative_tail(max, s.ref, &top_low);
     s.rest = rest;
     s.inverse = r_set(1) / (s.top + rest);
-    s.log_z = r_log1p(rest / s.top);
+    /* what the quotient rounds away, and what top does: half a unit in the last place of the loss each */
+    real ratio = rest / s.top;
+    s.log_z = r_log1p(ratio, (r_remainder(rest, ratio, s.top) - ratio * top_low) / s.top);
     return s;
 }
 

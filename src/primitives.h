@@ -158,6 +158,16 @@ XCE_FN real r_fma(real a, real b, real c)
 #endif
 #endif
 
+XCE_FN real r_remainder(real a, real q, real b) /* a - q b, exactly if q is a / b rounded; 0 where there is no fma */
+{
+#if defined(__x86_64__) && !defined(__FMA__)
+    (void)q, (void)b;
+    return a - a;
+#else
+    return r_fma(-q, b, a);
+#endif
+}
+
 /* r_lanes_of: bit i is lane i.
  * r_max(a, b) is a > b ? a : b, that is b where either is NaN: r_max(x, running) skips NaN. */
 XCE_FN rmask r_is_nan(real a) { return r_not(r_eq(a, a)); }
@@ -524,15 +534,23 @@ XCE_FN exp_reference r_exp_reference(real max)
     return ref;
 }
 
-XCE_FN real r_exp_relative(real x, exp_reference ref)
+XCE_FN real r_exp_relative_tail(real x, exp_reference ref, real *low) /* what the result rounds away, too */
 {
     real y = r_max(ref.low, x - ref.shift); /* NaN passes: it is the second operand */
     real t = r_fma(y, r_constant(XCE_LOG2E), ref.magic);
     real n = t - ref.magic;
     real r = r_fma(n, r_constant(-XCE_LN2_LOW), r_fma(n, r_constant(-XCE_LN2_HIGH), y));
     real tail = r_horner(EXP_TAIL, XCE_EXP_DEGREE, r);
-    real p = r_fma(r_fma(tail, r, r_constant(1)), r, r_constant(1));
-    return p * r_from_bits(r_bits(t) << XCE_MANTISSA); /* 2^(n - N); 0 at the lower end */
+    real one = r_constant(1), p = r_fma(r_fma(tail, r, one), r, one);
+    real power = r_from_bits(r_bits(t) << XCE_MANTISSA); /* 2^(n - N); 0 at the lower end */
+    *low = (r_fma(tail, r * r, r) + (one - p)) * power;
+    return p * power;
+}
+
+XCE_FN real r_exp_relative(real x, exp_reference ref)
+{
+    real unused;
+    return r_exp_relative_tail(x, ref, &unused);
 }
 
 XCE_FN real r_exp(real x) /* for x <= 80 (700 in float64): larger arguments do not occur in a log-probability's formulas */
@@ -552,11 +570,11 @@ XCE_FN real r_expm1(real x) /* x <= 80, as above */
     return r_fma(power, small, power - r_set(1));
 }
 
-XCE_FN real r_log1p(real x) /* x >= 0 or NaN; +inf stays */
+XCE_FN real r_log1p(real x, real low) /* log(1 + x + low), x >= 0 or NaN, low below the last place of x; +inf stays */
 {
     /* 1 + x = z + c exactly; z = 2^k m with m in [sqrt(1/2), sqrt(2)), and the rounding c goes into f = m - 1 */
     real one = r_set(1), z = one + x;
-    real c = r_select(r_gt(x, one), one - (z - x), x - (z - one));
+    real c = r_select(r_gt(x, one), one - (z - x), x - (z - one)) + low;
     ints bits = r_bits(z) + (r_bits(one) - r_bits(r_set((scalar)0.70710678118654752440)));
     ints k = (bits >> XCE_MANTISSA) - XCE_BIAS;
     ints mantissa = (bits & (((sint)1 << XCE_MANTISSA) - 1)) + r_bits(r_set((scalar)0.70710678118654752440));

@@ -96,6 +96,7 @@ cdef struct Tile:
 # Entries in the lanes: of one row (wide) or of one class (many).
 cdef struct View:
     char *at[ENTRY_OPERANDS]
+    int n                              # rows in the lanes (many)
     Py_ssize_t step[ENTRY_OPERANDS]    # bytes from a class to the next
     Py_ssize_t lane[ENTRY_OPERANDS]    # bytes from a lane to the next
     const real *kept_logits            # what is kept between the readings, or NULL;

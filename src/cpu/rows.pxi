@@ -62,7 +62,7 @@ cdef inline void reduce(
             else:
                 present = <int>min(<Py_ssize_t>BLOCK, (n_classes - c + VIRTUAL - 1) // VIRTUAL)
                 for j in range(present):
-                    n = <int>min(<Py_ssize_t>LANES, n_classes - c - j * VIRTUAL) if wide else LANES
+                    n = <int>min(<Py_ssize_t>LANES, n_classes - c - j * VIRTUAL) if wide else v.n
                     if level == FULL:
                         terms_full(job, v, c + j * VIRTUAL, n, wide, kind, keep, entry)
                     else:
@@ -425,7 +425,7 @@ cdef inline void look(const Job *job, const Tile *tile, View *v, int i) noexcept
         if wide and v.at[k] != NULL:
             v.at[k] += i * job.at[k].rows
     v.kept_logits, v.kept_exp, v.turned_grad = NULL, NULL, NULL
-    v.tops = r_set(-1)
+    v.tops, v.n = r_set(-1), tile.n
 
 
 cdef inline void finish(const Job *job, Tile *tile) noexcept nogil:
