@@ -19,7 +19,8 @@ This file is compiled once for each instruction set and storage type (see primit
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
-from cython.parallel cimport prange
+from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
+from cython.parallel cimport prange, threadid
 
 cimport numpy as cnp
 
@@ -169,24 +170,44 @@ cdef double work(const Job *job, int n_threads) except? -1.0:
     """All units; the sum of the losses. Raises KeyboardInterrupt between chunks."""
     cdef Py_ssize_t n_units = (job.n_rows + job.unit_rows - 1) // job.unit_rows, first = 0, last, i
     cdef Py_ssize_t chunk = max(CHUNK_LOGITS // (job.unit_rows * job.n_classes), <Py_ssize_t>1)
+    cdef Py_ssize_t stage = stage_vectors(job)
     cdef double sums[CHUNK_UNITS]
     cdef double total = 0
+    cdef void *memory
+    cdef real *stages
     if chunk > CHUNK_UNITS:
         chunk = CHUNK_UNITS
-    while True:
-        last = min(first + chunk, n_units)
-        with nogil:
-            if n_threads == 1 or last - first == 1:
-                for i in range(last - first):
-                    sums[i] = unit(job, first + i)
-            else:
-                for i in prange(last - first, num_threads=n_threads, schedule="dynamic"):
-                    sums[i] = unit(job, first + i)
-        total += sum_of_doubles(sums, last - first)
-        first = last
-        if first == n_units:
-            return total
-        PyErr_CheckSignals()
+    n_threads = <int>min(<Py_ssize_t>n_threads, n_units)
+    # not on the stack, which a caller's thread may have little of
+    memory = PyMem_RawMalloc((n_threads * stage + 1) * sizeof(real))
+    if memory == NULL:
+        raise MemoryError(f"{n_threads * stage * sizeof(real)} bytes for the work of {n_threads} threads")
+    stages = <real *>(<size_t>memory + sizeof(real) - <size_t>memory % sizeof(real))
+    try:
+        while True:
+            last = min(first + chunk, n_units)
+            with nogil:
+                if n_threads == 1 or last - first == 1:
+                    for i in range(last - first):
+                        sums[i] = unit(job, first + i, stages)
+                else:
+                    for i in prange(last - first, num_threads=n_threads, schedule="dynamic"):
+                        sums[i] = unit(job, first + i, stages + threadid() * stage)
+            total += sum_of_doubles(sums, last - first)
+            first = last
+            if first == n_units:
+                return total
+            PyErr_CheckSignals()
+    finally:
+        PyMem_RawFree(memory)
+
+
+cdef Py_ssize_t stage_vectors(const Job *job) noexcept nogil:
+    """What a thread keeps between the readings of its rows, in vectors; at most STAGE."""
+    cdef Py_ssize_t vectors = job.n_classes
+    if job.wide:
+        vectors = job.tile_rows * ((job.n_classes + LANES - 1) // LANES)
+    return vectors if vectors <= STAGE else 0
 
 
 def scan_labels(label, int label_kind, Py_ssize_t n_classes, long long ignore_index):
@@ -269,8 +290,8 @@ def run(
     """Compute what is asked for into the arrays that are not None; the sum of the losses.
 
     All arrays are checked: native byte order, logits, q, grad and hess of this module's storage type (or q of its
-    scalar type: `q_is_scalar`), weight, sample_weight and the outputs of rows of its scalar type, shapes as they must be, at
-    least one row and one class.
+    scalar type: `q_is_scalar`), weight, sample_weight and the outputs of rows of its scalar type, shapes as they must
+    be, at least one row and one class.
     `label_kind` is the size of the labels' type in bytes, negative for a signed one.
     """
     cdef Job job

@@ -281,12 +281,11 @@ cdef double sum_of_doubles(const double *a, Py_ssize_t n) noexcept nogil:
     return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]))
 
 
-cdef double unit(const Job *job, Py_ssize_t index) noexcept nogil:
+cdef double unit(const Job *job, Py_ssize_t index, real *stage) noexcept nogil:
     """Work off a portion of rows; the sum of their losses."""
     cdef Py_ssize_t row = index * job.unit_rows, first = row, end = min(row + job.unit_rows, job.n_rows), left
     cdef double values[UNIT_ROWS]
     cdef scalar lanes[LANES]
-    cdef real stage[STAGE]
     cdef Tile tile
     cdef int n, i
     while row < end:
