@@ -366,3 +366,50 @@ def test_the_mean_over_weights_that_are_subnormal(option: str) -> None:
     expected = reference(xce.cross_entropy, x, y, return_grad=True, return_hess=True, **options)
     for result, exact in zip(results, expected, strict=True):
         assert_close(result, exact, 1e-4, 0)
+
+
+def test_as_many_dimensions_as_numpy_has() -> None:
+    rng = np.random.default_rng(0)
+    flat = rng.standard_normal((2, 2, 3))
+    for n_axes in (32, 33, 34, 64):
+        x = flat.reshape((2, 2) + (1,) * (n_axes - 3) + (3,))[:, ::-1]
+        np.testing.assert_array_equal(xce.softmax(x).reshape(flat.shape), xce.softmax(flat[:, ::-1]))
+        np.testing.assert_array_equal(xce.softmax(np.moveaxis(x, -1, 0), axis=0), np.moveaxis(xce.softmax(x), -1, 0))
+
+
+def test_the_denominator_does_not_depend_on_layout(rng: np.random.Generator) -> None:
+    x, q, s = np.zeros((7, 9, 4)), np.full((7, 9, 4), 0.25), rng.random((7, 9))
+    y, w = rng.integers(4, size=(7, 9)), rng.random(4)
+    for target, options in ((q, {}), (y, {}), (y, {"weight": w})):
+        results = {float(xce.cross_entropy(x, target, sample_weight=v, **options)) for v in (s, np.asfortranarray(s))}
+        assert len(results) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sample_weight": np.array([1e-50, 2e-50])},
+        {"sample_weight": np.array([1e39, 2e39])},
+        {"weight": np.array([1e-45, 3e-45, 2e-45])},
+        {"softcap": 1e-46},
+        {"softcap": 1e39},
+        {"temperature": 1e39},
+        {"label_smoothing": 1e-50},
+    ],
+)
+def test_numbers_that_float32_does_not_hold(dtype: str, options: dict[str, Any]) -> None:
+    x, y = np.array([[3, 1, 2], [0, 1, 0]]).astype(dtype_of(dtype)), np.array([1, 2])
+    results = xce.cross_entropy(x, y, return_grad=True, return_hess=True, **options)
+    exact = xce.cross_entropy(x.astype(np.float64), y, return_grad=True, return_hess=True, **options)
+    for result, expected in zip(results, exact, strict=True):
+        assert result.dtype == (x.dtype if result.ndim else np.float32)
+        np.testing.assert_array_equal(result, expected.astype(result.dtype))
+    buffer = np.empty_like(x)
+    assert xce.cross_entropy(x, y, return_grad=True, grad_out=buffer, **options)[1] is buffer
+    np.testing.assert_array_equal(buffer, results[1])
+
+
+def test_a_sum_beyond_float32_is_infinite() -> None:
+    x = np.full((2, 2), [-3e38, 0], np.float32)
+    assert xce.cross_entropy(x, np.array([0, 0]), reduction="sum") == np.inf

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import pickle
@@ -155,3 +156,44 @@ def test_an_error_changes_nothing():
     with pytest.raises(ValueError, match="must have"):
         state.update(LOGITS[:3, 17:], LABELS, 17)
     assert pickle.dumps(state) == before
+
+
+def test_a_shard_of_infinities_with_smoothing():
+    x, y = np.array([[-np.inf, -np.inf, 0.0, 1.0]]), np.array([3])
+    state = xce.LossState(4, label_smoothing=0.1)
+    assert state.update(x[:, :2], y).update(x[:, 2:], y, 2).result() == np.inf
+
+
+def test_sums_beyond_float64():
+    state = xce.LossState()
+    for _ in range(2):
+        state.update(np.array([[-1.7e308, 0.0]]), np.array([0]))
+    assert state.result("sum") == np.inf
+    assert state.result() == 1.7e308
+
+
+def test_a_refused_merge_changes_nothing():
+    def half(start, stop):
+        return xce.LossState(6, keep_rows=True).update(x[:, start:stop], y, start, row_offset=10)
+
+    x, y = np.zeros((2, 6)), np.array([0, 5])
+    left, right = half(0, 3), half(3, 6).update(x, y, row_offset=0)
+    left.update(x, y, row_offset=0)
+    before = pickle.dumps(left)
+    with pytest.raises(ValueError, match="row 0 is finished already"):
+        left.merge(right)
+    assert pickle.dumps(left) == before
+
+
+def test_a_state_shares_nothing():
+    weight, x, y = np.ones(3), np.zeros((1, 3)), np.array([1])
+    state = xce.LossState(3, weight=weight)
+    weight[:] = 100
+    copied = copy.copy(state)
+    copied.update(x, y)
+    assert math.isnan(state.result())
+    assert state.update(x, y).result("sum") == pytest.approx(math.log(3))
+
+
+def test_labels_in_foreign_byte_order():
+    assert sharded(LOGITS, LABELS.astype(">i2")).result() == sharded(LOGITS, LABELS).result()

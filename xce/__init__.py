@@ -1,8 +1,8 @@
 """Cross-entropy losses for arrays: the value, the gradient and the Hessian diagonal, in one pass."""
 
-from ._located import compiled_path
+from . import _located
 
-__path__ = compiled_path(__name__, __path__)
+__path__ = _located.compiled_path(__name__, __path__)
 
 from . import losses
 from ._errors import LabelError
@@ -19,3 +19,11 @@ __all__ = [
     "show_config",
 ]
 __all__ += losses.__all__
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":  # read only when asked for: it takes a millisecond
+        from importlib.metadata import version
+
+        return version("xce")
+    raise AttributeError(f"module 'xce' has no attribute {name!r}")

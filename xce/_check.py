@@ -7,6 +7,7 @@ value.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from numbers import Integral, Real
 from types import ModuleType
@@ -61,6 +62,8 @@ def view_target(owner: ModuleType, first: Array, logits: Array, target: Array) -
     if type(target) is not type(first) and isinstance(target, Integral) and not isinstance(target, bool):
         from array_api_compat import array_namespace
 
+        if int(target) not in INT64:
+            raise LabelError(f"target = {target} is out of range: a label must be a class, 0 or more, or ignore_index")
         return array_namespace(logits).asarray(int(target))
     return view(owner, first, target, "target")
 
@@ -231,7 +234,11 @@ def label(name: str, value: Any) -> int:
 
 def thread_count(name: str, value: Any) -> int | None:
     """Return a bound on the number of threads, or None; far too many is not an error, it is clamped later."""
-    return None if value is None else _integer(name, value, range(1, 2**63), "None or an integer of at least 1")
+    if isinstance(value, int) and value > sys.maxsize:
+        value = sys.maxsize
+    return (
+        None if value is None else _integer(name, value, range(1, sys.maxsize + 1), "None or an integer of at least 1")
+    )
 
 
 def _integer(name: str, value: Any, allowed: range, text: str) -> int:
@@ -246,16 +253,19 @@ _REAL_OPTIONS: dict[str, tuple[Callable[[float], bool], str]] = {
     "label_smoothing": (lambda x: 0.0 <= x <= 1.0, "in [0, 1]"),
     "temperature": (lambda x: 0.0 < x < math.inf, "finite and greater than 0"),
     "softcap": (lambda x: 0.0 < x < math.inf, "None, or finite and greater than 0"),
-    "z_loss": (lambda x: 0.0 <= x < math.inf, "finite and not negative"),
 }
+_NONNEGATIVE = (lambda x: 0.0 <= x < math.inf, "finite and not negative")  # z_loss, and the parameters of losses
 
 
 def real(name: str, value: Any) -> float:
     """Return a real-valued option."""
-    is_allowed, text = _REAL_OPTIONS[name]
+    is_allowed, text = _REAL_OPTIONS.get(name, _NONNEGATIVE)
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{name} is a {type_name(value)}: it must be a number, {text}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # a very long integer
+        number = math.inf
     if not is_allowed(number):
         raise ValueError(f"{name}={value} is not allowed: it must be {text}")
     return number

@@ -37,6 +37,7 @@ class _Rows(NamedTuple):
     u: Array  # log p; NaN all over a row without a finite maximum
     p: Array
     q: Array  # 1 - p
+    is_top: Array  # the first maximum of each row
     lse: Array  # one per row
 
 
@@ -50,7 +51,7 @@ def _softmax_rows(xp: Any, x: Array) -> _Rows:
     p = xp.exp(u)
     q = xp.where(is_first_maximum, rest / (1 + rest), 1 - p)
     lse = xp.where(usable, maximum + xp.log1p(rest), maximum)
-    return _Rows(u, p, q, lse[..., 0])
+    return _Rows(u, p, q, is_first_maximum, lse[..., 0])
 
 
 def _logits(xp: Any, call: Call) -> Array:
@@ -122,14 +123,14 @@ def _loss(call: Call) -> tuple[Array, Array | None, Array | None]:
     x = xp.where(target.ignored[..., None], 0.0, x)
     x = xp.where(target.invalid[..., None], math.nan, x)
     x, slope, curvature = _transform(xp, call, x)
-    u, p, q, lse = _softmax_rows(xp, x)
+    u, p, q, is_top, lse = _softmax_rows(xp, x)
 
     # A term with a = 0 is 0 whatever phi is: weight 0 and probability 0 silence even an infinity.
     a = target.a
     value, first, second = (xp.where(a == 0, 0.0, a * f) for f in PHI[call.phi](xp, u, call.phi_param))
     loss = xp.sum(value, axis=-1)
-    grad = first * q - (xp.sum(first, axis=-1, keepdims=True) - first) * p
-    hess = second * q**2 + (xp.sum(second, axis=-1, keepdims=True) - second) * p**2
+    grad = first * q - _sum_of_others(xp, first, is_top) * p
+    hess = second * q**2 + _sum_of_others(xp, second, is_top) * p**2
     hess = hess - xp.sum(first, axis=-1, keepdims=True) * p * q
     if call.z_loss:
         s = call.z_loss if call.sample_weight is None else call.z_loss * xp.astype(call.sample_weight, x.dtype)
@@ -156,6 +157,12 @@ def _loss(call: Call) -> tuple[Array, Array | None, Array | None]:
         _like_logits(xp, call, grad) if call.return_grad else None,
         _like_logits(xp, call, hess) if call.return_hess else None,
     )
+
+
+def _sum_of_others(xp: Any, x: Array, is_top: Array) -> Array:
+    """Return the sum of each row without the entry itself; for the top entry, whose share may be all, term by term."""
+    without_top = xp.sum(xp.where(is_top, 0.0, x), axis=-1, keepdims=True)
+    return xp.where(is_top, without_top, xp.sum(x, axis=-1, keepdims=True) - x)
 
 
 def _like_logits(xp: Any, call: Call, x: Array) -> Array:

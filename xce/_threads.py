@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
+from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from xce._cpu import runtime
 LOGITS_PER_THREAD = 32768
 
 _cap: int | None = None
+_context_cap: ContextVar[int | None] = ContextVar("xce.num_threads", default=None)
 
 
 def team(asked: int | None, n_logits: int) -> int:
@@ -49,7 +51,10 @@ def get_num_threads() -> int:
     1
     """
     limit: int = min(runtime.max_threads(), hardware_limit())
-    return limit if _cap is None else min(_cap, limit)
+    for cap in (_cap, _context_cap.get()):
+        if cap is not None and cap < limit:
+            limit = cap
+    return limit
 
 
 def set_num_threads(n: int | None) -> None:
@@ -79,12 +84,12 @@ def set_num_threads(n: int | None) -> None:
 
 @contextlib.contextmanager
 def num_threads(n: int | None) -> Iterator[None]:
-    """Cap the number of threads within a ``with`` block.
+    """Cap the number of threads within a ``with`` block, for the calls of this thread (or asyncio task).
 
     Parameters
     ----------
     n : int or None
-        The cap, at least 1; None removes it for the block. It holds for the whole process.
+        The cap, at least 1, beside that of `set_num_threads`; None: no other.
 
     Examples
     --------
@@ -93,12 +98,11 @@ def num_threads(n: int | None) -> Iterator[None]:
     ...     xce.get_num_threads()
     1
     """
-    before = _cap
-    set_num_threads(n)
+    token = _context_cap.set(thread_count("n", n))
     try:
         yield
     finally:
-        set_num_threads(before)
+        _context_cap.reset(token)
 
 
 @functools.cache
@@ -170,7 +174,7 @@ def show_config(mode: Literal["stdout", "dicts"] = "stdout") -> dict[str, Any] |
     return None
 
 
-if "XCE_NUM_THREADS" in os.environ:
+if os.environ.get("XCE_NUM_THREADS"):
     try:
         _cap = thread_count("XCE_NUM_THREADS", int(os.environ["XCE_NUM_THREADS"]))
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -103,11 +104,13 @@ class LossState:
         self.n_classes = None if n_classes is None else int(n_classes)
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
-        self.keep_rows = bool(keep_rows)
-        self._weight = None if weight is None else np.asarray(weight)
-        if n_classes is not None:  # the checks of cross_entropy, on a row of zeros
-            zeros = np.zeros(int(n_classes))
-            cross_entropy(zeros, ignore_index, weight=self._weight_as(zeros), **self._options())
+        if not isinstance(keep_rows, bool):
+            raise TypeError(f"keep_rows is a {type(keep_rows).__name__}: it must be True or False")
+        self.keep_rows = keep_rows
+        self._weight = None if weight is None else np.array(owner_of(weight, "weight").view(weight, "weight"))
+        # the checks of cross_entropy, on a row of zeros
+        zeros = np.broadcast_to(np.zeros(1), (self.n_classes or (1 if self._weight is None else self._weight.size),))
+        cross_entropy(zeros, ignore_index, weight=self._weight, **self._options())
         self._sum = _ExactSum()
         self._denominator = _ExactSum()
         self._rows: dict[int, np.ndarray] = {}
@@ -161,7 +164,12 @@ class LossState:
                 f"logits hold classes {class_offset}..{class_offset + width - 1}: they must lie within "
                 f"0..{n_classes - 1}{hint}"
             )
-        first = self._next_row if row_offset is None else int(row_offset)
+        first = self._next_row if row_offset is None else row_offset
+        if isinstance(first, bool) or not isinstance(first, (int, np.integer)):
+            raise TypeError(f"row_offset is a {type(first).__name__}: it must be None or an integer of at least 0")
+        if first < 0:
+            raise ValueError(f"row_offset={first} is not allowed: it must be None or at least 0")
+        first = int(first)
         if width == n_classes:
             self._add_whole(logits, target, first, sample_weight)
         else:
@@ -195,18 +203,20 @@ class LossState:
                 raise ValueError(f"{name} differs: {getattr(self, name)!r} here, {getattr(other, name)!r} in other")
         if not np.array_equal(self._weight, other._weight):  # type: ignore[arg-type]
             raise ValueError("weight differs between the two states")
+        merged = copy.deepcopy(self)  # so that an error half-way changes nothing
+        for first, losses in other._rows.items():
+            merged._keep(first, losses)
+        merged._sum.merge(other._sum)
+        merged._denominator.merge(other._denominator)
+        merged._next_row = max(merged._next_row, other._next_row)
         for first, block in other._open.items():
-            self._check_block(first, block)
-        shared = self._rows.keys() & other._rows.keys()
-        if shared:
-            raise ValueError(f"row {min(shared)} is finished in both states: pass row_offset to tell rows apart")
-        self._sum.merge(other._sum)
-        self._denominator.merge(other._denominator)
-        self._rows.update(other._rows)
-        self._next_row = max(self._next_row, other._next_row)
-        for first, block in other._open.items():
-            self._join(first, block)
+            merged._check_block(first, block)
+            merged._join(first, block)
+        self.__dict__ = merged.__dict__
         return self
+
+    def __copy__(self) -> LossState:
+        return copy.deepcopy(self)
 
     def result(self, reduction: Reduction = "mean") -> Any:
         """Return the loss of all rows that came.
@@ -236,11 +246,7 @@ class LossState:
                 raise ValueError("reduction='none' needs LossState(keep_rows=True)")
             blocks = [self._rows[first] for first in sorted(self._rows)]
             return np.concatenate(blocks) if blocks else np.empty(0)
-        total = self._sum.value()
-        if reduction == "sum":
-            return total
-        denominator = self._denominator.value()
-        return total / denominator if denominator else math.nan
+        return self._sum.value() if reduction == "sum" else self._sum.over(self._denominator)
 
     def __repr__(self) -> str:
         state = f"{len(self._open)} blocks of rows open" if self._open else "all rows finished"
@@ -250,9 +256,6 @@ class LossState:
 
     def _options(self) -> dict[str, Any]:
         return {"ignore_index": self.ignore_index, "label_smoothing": self.label_smoothing}
-
-    def _weight_as(self, like: np.ndarray) -> np.ndarray | None:
-        return None if self._weight is None else self._weight.astype(like.dtype, copy=False)
 
     def _add_whole(self, logits: Array, target: Array, first: int, sample_weight: Array | None) -> None:
         owner = owner_of(logits, "logits")
@@ -271,6 +274,7 @@ class LossState:
         x, y = owner.view(logits, "logits"), np.asarray(owner_of(target, "target").view(target, "target"))
         if y.dtype.kind not in "iu":
             raise TypeError(f"target has dtype {y.dtype}: LossState takes class indices, of an integer dtype")
+        y = y.astype(y.dtype.newbyteorder("="), copy=False)
         n_classes = self.n_classes or 0
         if (bad := owner.scan_labels(y, n_classes, self.ignore_index)) >= 0:
             raise label_error(y, bad, n_classes, self.ignore_index)
@@ -278,10 +282,10 @@ class LossState:
         is_here = (y != self.ignore_index) & (y >= start) & (y < stop)
         local = np.where(is_here, y.astype(np.int64) - start, -1)
         weight = None if self._weight is None else self._weight[start:stop]
-        s = np.ones(y.shape) if sample_weight is None else np.asarray(sample_weight)
-        call = normalise(
-            owner, "state", "", 0.0, x, -1, local, weight, s.astype(np.float64, copy=False), ignore_index=-1
-        )
+        if sample_weight is not None:
+            sample_weight = np.asarray(owner_of(sample_weight, "sample_weight").view(sample_weight, "sample_weight"))
+        call = normalise(owner, "state", "", 0.0, x, -1, local, weight, sample_weight, ignore_index=-1)
+        s = np.ones(y.shape) if call.sample_weight is None else call.sample_weight
         top, rest, label_logit, linear = (np.ravel(a).astype(np.float64) for a in owner.run(call))
         piece = _Piece(start, stop, top, rest, label_logit, linear, _total(weight, stop - start))
         block = _Block(y.ravel().copy(), np.broadcast_to(s, y.shape).ravel().astype(np.float64), [piece])
@@ -290,6 +294,8 @@ class LossState:
 
     def _check_block(self, first: int, block: _Block) -> None:
         """Raise if the block does not go with what is there."""
+        if self.keep_rows:
+            self._check_free(first, block.target.size)
         known = self._open.get(first)
         if known is None:
             return
@@ -357,13 +363,20 @@ class LossState:
 
     def _close(self, first: int, losses: np.ndarray, target: np.ndarray, sample_weight: np.ndarray) -> None:
         if self.keep_rows:
-            if first in self._rows:
-                raise ValueError(f"row {first} is finished already: pass row_offset to tell rows apart")
-            self._rows[first] = losses
+            self._keep(first, losses)
         self._next_row = max(self._next_row, first + losses.size)
         self._sum.add(float(losses.sum()))
         counted = target != self.ignore_index
         self._denominator.add(float((self._weights_of(target, counted) * sample_weight).sum()))
+
+    def _keep(self, first: int, losses: np.ndarray) -> None:
+        self._check_free(first, losses.size)
+        self._rows[first] = losses
+
+    def _check_free(self, first: int, n_rows: int) -> None:
+        for start, known in self._rows.items():
+            if start < first + n_rows and first < start + known.size:
+                raise ValueError(f"row {max(start, first)} is finished already: pass row_offset to tell rows apart")
 
 
 class _ExactSum:
@@ -384,7 +397,19 @@ class _ExactSum:
         self.other += more.other
 
     def value(self) -> float:
-        return self.other if self.other else float(self.finite)
+        return self.other if self.other else _float(self.finite)
+
+    def over(self, denominator: _ExactSum) -> float:
+        if not denominator.finite or denominator.other:
+            return math.nan
+        return self.other if self.other else _float(self.finite / denominator.finite)
+
+
+def _float(x: Fraction) -> float:
+    try:
+        return float(x)
+    except OverflowError:
+        return math.inf if x > 0 else -math.inf
 
 
 def _total(weight: np.ndarray | None, width: int) -> float:

@@ -1,7 +1,7 @@
 """What is computed, on which arrays, and what is known of a tile of rows."""
 
 cdef enum:
-    MAX_AXES = 32
+    MAX_AXES = 64          # as many as NumPy has
     BLOCK = 8              # vectors that are added up before they enter the double-precision sum
     TERMS = 3              # sums that one reading of a row can form, sum of exp included
 

@@ -169,7 +169,7 @@ cdef void merge_axes(Job *job, Plan *plan) noexcept:
 cdef double work(const Job *job, int n_threads) except? -1.0:
     """All units; the sum of the losses. Raises KeyboardInterrupt between chunks."""
     cdef Py_ssize_t n_units = (job.n_rows + job.unit_rows - 1) // job.unit_rows, first = 0, last, i
-    cdef Py_ssize_t chunk = max(CHUNK_LOGITS // (job.unit_rows * job.n_classes), <Py_ssize_t>1)
+    cdef Py_ssize_t chunk = max(CHUNK_LOGITS // job.unit_rows // job.n_classes, <Py_ssize_t>1)
     cdef Py_ssize_t stage = stage_vectors(job)
     cdef double sums[CHUNK_UNITS]
     cdef double total = 0
@@ -241,42 +241,41 @@ cdef inline bint is_label(const char *p, int kind, Py_ssize_t n_classes, long lo
 
 
 def denominator(label, int label_kind, Py_ssize_t n_classes, long long ignore_index, weight, sample_weight):
-    """The sum of class weight times sample weight over the rows with a class; one-dimensional arrays."""
-    cdef cnp.ndarray a = <cnp.ndarray>label
-    cdef const char *p = cnp.PyArray_BYTES(a)
-    cdef Py_ssize_t n = cnp.PyArray_DIM(a, 0), stride = cnp.PyArray_STRIDE(a, 0), i, count = 0
-    cdef const scalar *w = NULL
+    """The sum of class weight times sample weight over the rows with a class; one-dimensional arrays or None."""
+    cdef const char *y = NULL
     cdef const char *s = NULL
-    cdef Py_ssize_t s_stride = 0
+    cdef const scalar *w = NULL
+    cdef Py_ssize_t n = 0, y_stride = 0, s_stride = 0, i, count = 0
     cdef Label found
     cdef double sums[8]
-    cdef double term, return_value
+    cdef double term
     if weight is not None:
         w = <const scalar *>cnp.PyArray_DATA(<cnp.ndarray>weight)
     if sample_weight is not None:
-        s = cnp.PyArray_BYTES(<cnp.ndarray>sample_weight)
-        s_stride = cnp.PyArray_STRIDE(<cnp.ndarray>sample_weight, 0)
+        s, s_stride = cnp.PyArray_BYTES(<cnp.ndarray>sample_weight), cnp.PyArray_STRIDE(<cnp.ndarray>sample_weight, 0)
+        n = cnp.PyArray_DIM(<cnp.ndarray>sample_weight, 0)
+    if label is not None:
+        y, y_stride = cnp.PyArray_BYTES(<cnp.ndarray>label), cnp.PyArray_STRIDE(<cnp.ndarray>label, 0)
+        n = cnp.PyArray_DIM(<cnp.ndarray>label, 0)
     with nogil:
-        if w == NULL and s == NULL:
-            if label_kind == -8 and stride == 8 and <size_t>p % 8 == 0:
-                for i in range(n):
-                    count += (<const int64_t *>p)[i] != ignore_index
-            else:
-                for i in range(n):
-                    count += label_at(p + i * stride, label_kind, n_classes, ignore_index).status != IGNORED
-            return_value = <double>count
-        else:
-            for i in range(8):
-                sums[i] = 0
+        for i in range(8):
+            sums[i] = 0
+        if w == NULL and s == NULL and label_kind == -8 and y_stride == 8 and <size_t>y % 8 == 0:
             for i in range(n):
-                found = label_at(p + i * stride, label_kind, n_classes, ignore_index)
-                if found.status == ACTIVE:
-                    term = 1 if w == NULL else w[found.value]
-                    if s != NULL:
-                        term *= (<const scalar *>(s + i * s_stride))[0]
-                    sums[i % 8] += term
-            return_value = sum_of_doubles(sums, 8)
-    return return_value
+                count += (<const int64_t *>y)[i] != ignore_index
+            sums[0] = <double>count
+        else:
+            found.status, found.value = ACTIVE, 0
+            for i in range(n):
+                if y != NULL:
+                    found = label_at(y + i * y_stride, label_kind, n_classes, ignore_index)
+                term = 1 if found.status == ACTIVE or (w == NULL and found.status == INVALID) else 0
+                if w != NULL and found.status == ACTIVE:
+                    term = w[found.value]
+                if s != NULL:
+                    term *= (<const scalar *>(s + i * s_stride))[0]
+                sums[i % 8] += term
+    return sum_of_doubles(sums, 8)
 
 
 PHI = {(<bytes>PHI_NAMES[_i]).decode(): _i for _i in range(PHI_COUNT)}
@@ -354,7 +353,7 @@ def run(
     if job.wide:
         job.tile_rows = <int>max(min(<Py_ssize_t>LANES, STAGE * LANES // (2 * job.n_classes)), <Py_ssize_t>1)
     job.unit_rows = UNIT_ROWS
-    while job.unit_rows > 1 and job.unit_rows * job.n_classes > UNIT_LOGITS:
+    while job.unit_rows > 1 and job.n_classes > UNIT_LOGITS // job.unit_rows:
         job.unit_rows //= 2
     return work(&job, n_threads)
 

@@ -287,17 +287,23 @@ cdef void write_rows(const Job *job, const View *v, int n, int keep) noexcept no
         write_many(job, v, n, keep)
 
 
+cdef inline const char *entry_of(const Job *job, const Tile *tile, int operand, int i, Py_ssize_t c) noexcept nogil:
+    return tile.at[operand] + i * job.at[operand].rows + c * job.at[operand].classes
+
+
+cdef inline bint is_removed(const Job *job, const Tile *tile, int i, Py_ssize_t c) noexcept nogil:
+    return job.at[WHERE].data != NULL and entry_of(job, tile, WHERE, i, c)[0] == 0
+
+
 cdef inline scalar dense_of(const Job *job, const Tile *tile, int i, Py_ssize_t c) noexcept nogil:
     """The dense coefficient of one entry, as `coefficients` has it."""
     cdef real d = r_set(tile.share[i])
-    cdef const char *q = tile.at[Q] + i * job.at[Q].rows + c * job.at[Q].classes
-    if job.at[WHERE].data != NULL:
-        if (tile.at[WHERE] + i * job.at[WHERE].rows + c * job.at[WHERE].classes)[0] == 0:
-            return 0
+    if is_removed(job, tile, i, c):
+        return 0
     if job.q_is_scalar:
-        d = r_fma(r_set(job.label_share), r_gather_scalars(q, 0, 1), d)
+        d = r_fma(r_set(job.label_share), r_gather_scalars(entry_of(job, tile, Q, i, c), 0, 1), d)
     elif job.at[Q].data != NULL:
-        d = r_fma(r_set(job.label_share), r_set(s_load(<const storage *>q)), d)
+        d = r_fma(r_set(job.label_share), r_set(s_load(<const storage *>entry_of(job, tile, Q, i, c))), d)
     if job.weight != NULL:
         d = d * r_set(job.weight[c])
     return first_lane(d)
@@ -314,14 +320,11 @@ cdef inline scalar logit_of(const Job *job, const Tile *tile, int i, Py_ssize_t 
     cdef real x = r_set(raw_logit_of(job, tile, i, c))
     if job.transforms:
         x = transform_logit(job.transform, x)
-    if job.at[WHERE].data != NULL:
-        if (tile.at[WHERE] + i * job.at[WHERE].rows + c * job.at[WHERE].classes)[0] == 0:
-            return -INF
-    return first_lane(x)
+    return -INF if is_removed(job, tile, i, c) else first_lane(x)
 
 
 cdef inline scalar raw_logit_of(const Job *job, const Tile *tile, int i, Py_ssize_t c) noexcept nogil:
-    return s_load(<const storage *>(tile.at[X] + i * job.at[X].rows + c * job.at[X].classes))
+    return s_load(<const storage *>entry_of(job, tile, X, i, c))
 
 
 cdef struct Label:

@@ -53,22 +53,21 @@ cdef inline void set_entries(const Job *job, const Tile *tile) noexcept nogil:
 cdef inline void set_entry(
     const Job *job, const Tile *tile, int i, Py_ssize_t c, scalar grad, scalar hess
 ) noexcept nogil:
-    if job.at[WHERE].data != NULL:
-        if (tile.at[WHERE] + i * job.at[WHERE].rows + c * job.at[WHERE].classes)[0] == 0:
-            return
+    if is_removed(job, tile, i, c):
+        return
     if job.want_grad:
-        s_store(<storage *>(tile.at[GRAD] + i * job.at[GRAD].rows + c * job.at[GRAD].classes), grad)
+        s_store(<storage *>entry_of(job, tile, GRAD, i, c), grad)
     if job.want_hess:
-        s_store(<storage *>(tile.at[HESS] + i * job.at[HESS].rows + c * job.at[HESS].classes), hess)
+        s_store(<storage *>entry_of(job, tile, HESS, i, c), hess)
 
 
 cdef inline void clear_row(const Job *job, const Tile *tile, int i) noexcept nogil:
     cdef Py_ssize_t c
     for c in range(job.n_classes):
         if job.want_grad:
-            s_store(<storage *>(tile.at[GRAD] + i * job.at[GRAD].rows + c * job.at[GRAD].classes), 0)
+            s_store(<storage *>entry_of(job, tile, GRAD, i, c), 0)
         if job.want_hess:
-            s_store(<storage *>(tile.at[HESS] + i * job.at[HESS].rows + c * job.at[HESS].classes), 0)
+            s_store(<storage *>entry_of(job, tile, HESS, i, c), 0)
 
 
 cdef void wide_tile(const Job *job, Tile *tile, real *stage) noexcept nogil:

@@ -22,7 +22,8 @@ _LABEL_KINDS = {
     np.dtype(f"{sign}int{8 * size}"): size * (1 if sign else -1) for sign in ("u", "") for size in (1, 2, 4, 8)
 }
 
-_SMALLEST, _LARGEST = 1e-30, 1e30  # denominators that float32 can divide by
+_SMALLEST, _LARGEST = 1e-30, 1e30  # what float32 computes with, far from its ends
+_PORTION = 1 << 24  # labels between two looks for Ctrl-C
 
 _KERNELS: dict[np.dtype[Any], tuple[ModuleType, np.dtype[Any]]] = {}
 
@@ -40,8 +41,12 @@ def wrap(result: Any) -> Any:
 def scan_labels(target: Any, n_classes: int, ignore_index: int) -> int:
     """Return the flat C-order index of the first label outside 0..n_classes-1 that is not ignored, or -1."""
     labels = target if target.ndim == 1 else target.reshape(-1)
-    place: int = _cpu.kernels("float32").scan_labels(labels, _LABEL_KINDS[target.dtype], n_classes, ignore_index)
-    return place
+    scan, kind = _cpu.kernels("float32").scan_labels, _LABEL_KINDS[target.dtype]
+    for start in range(0, labels.size, _PORTION):
+        place: int = scan(labels[start : start + _PORTION], kind, n_classes, ignore_index)
+        if place >= 0:
+            return start + place
+    return -1
 
 
 def scan_values(values: Any, finite: bool) -> int:
@@ -56,6 +61,8 @@ def run(call: Call) -> Any:
     """Compute `call`."""
     logits = call.logits
     kernels, scalar = _KERNELS.get(logits.dtype) or _load(logits.dtype)
+    if scalar == np.float32 and _is_beyond_float32(call):
+        return _in_float64(call)
     return _RUN[call.op](call, kernels, scalar)
 
 
@@ -93,8 +100,8 @@ def _loss(call: Call, kernels: ModuleType, scalar: np.dtype[Any]) -> Any:
     denominator = 1.0
     if call.reduction == "mean":
         denominator = _denominator(kernels, call, label, kind, weight, sample_weight)
-        if logits.dtype == np.float32 and 0 < denominator < np.inf and not _SMALLEST < denominator < _LARGEST:
-            return _loss_in_float64(call)
+        if scalar == np.float32 and _is_beyond(denominator):
+            return _in_float64(call)
     value = np.empty(rows, scalar) if call.reduction == "none" else None
     grad = hess = None
     if call.return_grad:
@@ -114,32 +121,82 @@ def _loss(call: Call, kernels: ModuleType, scalar: np.dtype[Any]) -> Any:
         return value, grad, hess
     if call.reduction == "mean":
         total = total / denominator if denominator else float("nan")
-    return scalar.type(total), grad, hess
+    return _rounded(total, scalar), grad, hess
 
 
-def _loss_in_float64(call: Call) -> Any:
-    """The mean over weights whose sum has no reciprocal in float32."""
+def _rounded(total: float, scalar: np.dtype[Any]) -> Any:
+    if abs(total) > _LARGEST:
+        with np.errstate(over="ignore"):
+            return np.float64(total).astype(scalar)
+    return scalar.type(total)
+
+
+def _is_beyond(x: float) -> bool:
+    """Whether float32 cannot hold a number, or its reciprocal, to full precision."""
+    return 0 < x < np.inf and not _SMALLEST < x < _LARGEST
+
+
+def _is_beyond_float32(call: Call) -> bool:
+    options = (call.label_smoothing, call.temperature, call.softcap or 0.0, call.z_loss)
+    if options != (0.0, 1.0, 0.0, 0.0) and any(map(_is_beyond, options)):
+        return True
+    for weight in (call.weight, call.sample_weight):
+        if weight is not None and weight.dtype == np.float64 and weight.size:
+            smallest = weight.min(where=weight > 0, initial=1.0)
+            if _is_beyond(float(smallest)) or _is_beyond(float(weight.max())):
+                return True
+    return False
+
+
+def _in_float64(call: Call) -> Any:
+    """A call with numbers that only float64 holds; the results are rounded to what they would have been."""
     float64 = np.dtype(np.float64)
-    loss, *derivatives = run(call._replace(logits=call.logits.astype(float64), grad_out=None, hess_out=None))
-    results: list[Any] = [np.float32(loss)]
-    for x, out in zip(derivatives, (call.grad_out, call.hess_out), strict=True):
-        if x is None or out is None:
-            results.append(None if x is None else x.astype(np.float32))
+    logits = _cast(call.logits, float64)
+    result = run(call._replace(logits=logits, grad_out=None, hess_out=None))
+    if call.op != "loss":
+        return _narrow(result, call.logits, call.grad_out)
+    loss, grad, hess = result
+    with np.errstate(all="ignore"):
+        loss = loss.astype(np.float32)
+    return loss, _narrow(grad, call.logits, call.grad_out), _narrow(hess, call.logits, call.hess_out)
+
+
+def _narrow(x: Any, logits: Any, out: Any) -> Any:
+    """`x` in the type of the logits, in the buffer `out` if there is one."""
+    if x is None:
+        return None
+    if out is None:
+        out = np.empty_like(logits, subok=False)
+    with np.errstate(all="ignore"):
+        if out.dtype == _scan.BFLOAT16:
+            bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+            out["bfloat16"] = np.where(np.isnan(x), (bits >> 16) | 0x40, rounded)
         else:
             out[...] = x
-            results.append(out)
-    return tuple(results)
+    return out
 
 
 def _denominator(kernels: ModuleType, call: Call, label: Any, kind: int, weight: Any, sample_weight: Any) -> float:
     """What the mean divides by."""
     n_classes = call.logits.shape[call.axis]
-    if label is not None:
-        s = None if sample_weight is None else sample_weight.reshape(-1)
-        return float(kernels.denominator(label.reshape(-1), kind, n_classes, call.ignore_index, weight, s))
-    if sample_weight is not None:
-        return float(np.sum(sample_weight, dtype=np.float64))
-    return float(call.logits.size / n_classes)
+    if label is None and sample_weight is None:
+        return float(call.logits.size / n_classes)
+    w = None if label is None else weight  # class weights do not count for probabilities
+    label, s = (None if x is None else x.reshape(-1) for x in (label, sample_weight))
+    n_rows = call.logits.size // n_classes
+    total = 0.0
+    for start in range(0, n_rows, _PORTION):
+        part = slice(start, start + _PORTION)
+        total += kernels.denominator(
+            None if label is None else label[part],
+            kind,
+            n_classes,
+            call.ignore_index,
+            w,
+            None if s is None else s[part],
+        )
+    return total
 
 
 def _map(call: Call, kernels: ModuleType, scalar: np.dtype[Any]) -> Any:
@@ -187,7 +244,10 @@ def _run_rows(
 
 def _cast(x: Any, dtype: np.dtype[Any]) -> Any:
     """`x` in the floating type of the computation."""
-    return x if x.dtype == dtype else _scan.widen(x).astype(dtype)
+    if x.dtype == dtype:
+        return x
+    with np.errstate(all="ignore"):
+        return _scan.widen(x).astype(dtype)
 
 
 def _state(call: Call, kernels: ModuleType, scalar: np.dtype[Any]) -> tuple[Any, Any, Any, Any]:
@@ -198,7 +258,7 @@ def _state(call: Call, kernels: ModuleType, scalar: np.dtype[Any]) -> tuple[Any,
     _run_rows(call, kernels, _STATE, value=top, spread=rest, label_logit=label_logit, linear=linear)
     # rows of -inf only: nothing to add, unless a NaN hides there
     empty = (top == -np.inf) & ~np.isnan(_scan.widen(call.logits)).any(axis=call.axis)
-    rest[empty] = -1
+    rest[empty], linear[empty] = -1, 0
     return top, rest, label_logit, linear
 
 

@@ -360,7 +360,7 @@ def score(
     plot: Path | None,
     quiet: bool,
 ) -> None:
-    r"""Score the logits in a file against the labels in another.
+    """Score the logits in a file against the labels in another.
 
     LOGITS has the shape (..., classes), LABELS the shape (...). Both are .npy files, or .npz files (with
     several arrays: file.npz:name). They are read in chunks, so they may be larger than the memory.
@@ -370,7 +370,7 @@ def score(
       xce score logits.npy labels.npy
       xce score run.npz:logits run.npz:labels --json
       xce score probs.npy labels.npy --probabilities --plot score.png
-    """
+    """  # noqa: D301
     if probabilities and are_logits:
         raise click.UsageError("--probabilities and --logits exclude each other")
     if plot is not None:
