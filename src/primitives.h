@@ -409,6 +409,26 @@ XCE_FN void prefetch(const char *p) { __builtin_prefetch(p); }
 XCE_FN void prefetch_far(const char *p) { __builtin_prefetch(p, 0, 1); }
 XCE_FN void prefetch_to_write(const char *p) { __builtin_prefetch(p, 1); }
 
+/* Copy past the caches, for a result that would only drive the logits out of them; stream_end before anybody reads it. */
+#if defined(__x86_64__)
+XCE_FN void stream(char *to, const char *from, size_t n)
+{
+    size_t head = (64 - ((uintptr_t)to & 63)) & 63, i;
+    head = head < n ? head : n;
+    memcpy(to, from, head);
+    for (i = head; i + 64 <= n; i += 64)
+        for (int k = 0; k < 64; k += 16) {
+            __m128i a = _mm_loadu_si128((const __m128i *)(from + i + k));
+            _mm_stream_si128((__m128i *)(to + i + k), a);
+        }
+    memcpy(to + i, from + i, n - i);
+}
+XCE_FN void stream_end(void) { _mm_sfence(); }
+#else
+XCE_FN void stream(char *to, const char *from, size_t n) { memcpy(to, from, n); }
+XCE_FN void stream_end(void) {}
+#endif
+
 /* Turn LANES rows of n >= XCE_CORNER adjacent entries, `stride` bytes apart, into n vectors of scalars, and back. Blocks of
  * XCE_CORNER by XCE_CORNER are turned in registers; the last ones overlap rather than leave a rest. */
 #if !XCE_STORAGE_IS_16_BIT

@@ -39,6 +39,7 @@ cdef enum:
     MANY_UP_TO = 128        # classes
     MANY_AT_MOST = 16777216  # classes; beyond, a float32 lane cannot hold the index of the top entry
     STAGE = 1024           # vectors kept between the readings: 64 KiB a thread at most
+    STREAM_BYTES = 16777216  # gradients larger than this go past the caches
     UNIT_LOGITS = 32768    # a thread's portion ...
     UNIT_ROWS = 1024       # ... which is a number of rows that depends on the classes alone, as its sum is rounded
     CHUNK_LOGITS = 16777216  # between two looks for Ctrl-C: some 10 ms
@@ -72,7 +73,7 @@ cdef struct Job:
     scalar z_loss
     scalar scale                       # of derivatives: 1 / denominator of the mean
     logit_transform transform
-    bint q_is_scalar, transforms, linear, dense, want_grad, want_hess, writes, wide
+    bint q_is_scalar, transforms, linear, dense, want_grad, want_hess, writes, wide, streams
     int level, tile_rows
     Py_ssize_t unit_rows
 

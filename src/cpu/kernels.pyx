@@ -91,6 +91,8 @@ cdef extern from "formulas.h" nogil:
     real r_gather(const char *p, Py_ssize_t stride, int n, scalar fill)
     void r_scatter(char *p, Py_ssize_t stride, real a, int n)
     real r_gather_scalars(const char *p, Py_ssize_t stride, int n)
+    void stream(char *to, const char *from_, size_t n)
+    void stream_end()
     void turn_in(const char *rows, Py_ssize_t stride, Py_ssize_t n, real *vectors)
     void turn_out(const real *vectors, Py_ssize_t n, char *rows, Py_ssize_t stride)
     rmask r_gather_bytes(const char *p, Py_ssize_t stride, int n)
@@ -207,7 +209,9 @@ cdef Py_ssize_t stage_vectors(const Job *job) noexcept nogil:
     cdef Py_ssize_t vectors = job.n_classes
     if job.wide:
         vectors = job.tile_rows * ((job.n_classes + LANES - 1) // LANES)
-    return vectors if vectors <= STAGE else 0
+    if vectors > STAGE:
+        return 0
+    return 2 * vectors if job.streams else vectors
 
 
 def scan_labels(label, int label_kind, Py_ssize_t n_classes, long long ignore_index):
@@ -348,6 +352,13 @@ def run(
         and (job.linear or not job.dense) and (not job.wide or adjacent(&job))
     ):
         job.level = DENSE if job.dense else SPARSE
+    # rows of gradient side by side, and too many to stay in a cache
+    job.streams = (
+        not job.wide and job.want_grad and not STORAGE_IS_16_BIT and job.n_classes <= STAGE
+        and job.at[GRAD].classes == sizeof(storage) and job.at[GRAD].data != job.at[X].data
+        and job.at[GRAD].rows == job.n_classes * <Py_ssize_t>sizeof(storage)
+        and job.n_rows > STREAM_BYTES // job.at[GRAD].rows
+    )
     # a wide tile takes as many rows as the stage holds, so that their finishing shares the lanes
     job.tile_rows = LANES
     if job.wide:

@@ -138,7 +138,7 @@ cdef inline void prefetch_next(const Job *job, const Tile *tile) noexcept nogil:
     if job.at[X].classes == sizeof(storage) and job.at[X].rows == size:
         for c in range(0, tile.n * size, 64):
             prefetch_far(p + c)
-    if job.want_grad and job.at[GRAD].classes == sizeof(storage) and job.at[GRAD].rows == size:
+    if job.want_grad and not job.streams and job.at[GRAD].classes == sizeof(storage) and job.at[GRAD].rows == size:
         for c in range(0, tile.n * size, 64):
             prefetch_to_write(tile.at[GRAD] + c)
 
@@ -188,10 +188,14 @@ cdef void many_tile(const Job *job, Tile *tile, real *stage) noexcept nogil:
     if keep == STAGED and job.want_grad and lies_in_rows(job, v.at[GRAD], GRAD, tile.n):
         v.turned_grad = stage
     write_rows(job, &v, tile.n, keep)
+    if v.turned_grad != NULL and job.streams:
+        tile.at[GRAD] = <char *>(stage + job.n_classes)
     if v.turned_grad != NULL:
-        turn_out(stage, job.n_classes, v.at[GRAD], v.lane[GRAD])
+        turn_out(stage, job.n_classes, tile.at[GRAD], v.lane[GRAD])
     if job.what == LOSS:
         set_entries(job, tile)
+    if v.turned_grad != NULL and job.streams:
+        stream(v.at[GRAD], tile.at[GRAD], tile.n * job.at[GRAD].rows)
 
 
 cdef inline int first_reading(const Job *job) noexcept nogil:
@@ -305,4 +309,6 @@ cdef double unit(const Job *job, Py_ssize_t index, real *stage) noexcept nogil:
             for i in range(n):
                 values[row - first + i] = 0 if tile.status[i] == IGNORED else lanes[i]
         row += n
+    if job.streams:
+        stream_end()
     return sum_of_doubles(values, end - first) if job.what == LOSS else 0
