@@ -19,6 +19,7 @@ from xce._cpu import runtime
 
 # Waking a second thread costs 3 to 18 us, and a logit some 0.4 ns: with fewer logits a thread it does not pay.
 LOGITS_PER_THREAD = 32768
+SERIAL_BELOW = 2 * LOGITS_PER_THREAD
 
 _cap: int | None = None
 _context_cap: ContextVar[int | None] = ContextVar("xce.num_threads", default=None)
@@ -26,7 +27,7 @@ _context_cap: ContextVar[int | None] = ContextVar("xce.num_threads", default=Non
 
 def team(asked: int | None, n_logits: int) -> int:
     """The threads for one call: the least of everything that limits them."""
-    if n_logits < 2 * LOGITS_PER_THREAD:
+    if n_logits < SERIAL_BELOW:
         return 1
     limit = min(n_logits // LOGITS_PER_THREAD, get_num_threads())
     return limit if asked is None else min(asked, limit)

@@ -25,6 +25,11 @@ _LABEL_KINDS = {
 _SMALLEST, _LARGEST = 1e-30, 1e30  # what float32 computes with, far from its ends
 _PORTION = 1 << 24  # labels between two looks for Ctrl-C
 
+_UNWEIGHTED, _PLAIN = (
+    (None, None),
+    (0.0, 1.0, None, 0.0),
+)  # weights and real options of a `Call`, if nothing is asked for
+_FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 _KERNELS: dict[np.dtype[Any], tuple[ModuleType, np.dtype[Any]]] = {}
 
 
@@ -42,6 +47,8 @@ def scan_labels(target: Any, n_classes: int, ignore_index: int) -> int:
     """Return the flat C-order index of the first label outside 0..n_classes-1 that is not ignored, or -1."""
     labels = target if target.ndim == 1 else target.reshape(-1)
     scan, kind = _cpu.kernels("float32").scan_labels, _LABEL_KINDS[target.dtype]
+    if labels.size <= _PORTION:
+        return scan(labels, kind, n_classes, ignore_index)  # type: ignore[no-any-return]
     for start in range(0, labels.size, _PORTION):
         place: int = scan(labels[start : start + _PORTION], kind, n_classes, ignore_index)
         if place >= 0:
@@ -61,7 +68,7 @@ def run(call: Call) -> Any:
     """Compute `call`."""
     logits = call.logits
     kernels, scalar = _KERNELS.get(logits.dtype) or _load(logits.dtype)
-    if scalar == np.float32 and _is_beyond_float32(call):
+    if scalar is not _FLOAT64 and not _is_plain(call) and _is_beyond_float32(call):
         return _in_float64(call)
     return _RUN[call.op](call, kernels, scalar)
 
@@ -69,7 +76,7 @@ def run(call: Call) -> Any:
 def _load(dtype: np.dtype[Any]) -> tuple[ModuleType, np.dtype[Any]]:
     """The kernels of a storage type, and the type that they compute in."""
     name = dtype_name(dtype)
-    _KERNELS[dtype] = found = _cpu.kernels(name), np.dtype("float64" if name == "float64" else "float32")
+    _KERNELS[dtype] = found = _cpu.kernels(name), _FLOAT64 if name == "float64" else _FLOAT32
     return found
 
 
@@ -79,56 +86,50 @@ def _rows(call: Call) -> tuple[int, ...]:
 
 
 def _loss(call: Call, kernels: ModuleType, scalar: np.dtype[Any]) -> Any:
-    logits, axis, target, weight, sample_weight = (
-        call.logits,
-        call.axis,
-        call.target,
-        call.weight,
-        call.sample_weight,
-    )
+    # fmt: off
+    (
+        _, phi, phi_param, logits, axis, target, weight, sample_weight, where, ignore_index, label_smoothing,
+        temperature, softcap, z_loss, reduction, return_grad, return_hess, grad, hess, n_threads, _,
+    ) = call
+    # fmt: on
     kind = _LABEL_KINDS.get(target.dtype, 0)
-    label, q = (target, None) if kind else (None, target)
-    q_is_scalar = q is not None and q.dtype != logits.dtype
-    if q_is_scalar:
-        q = _cast(q, scalar)
-        q_is_scalar = scalar != logits.dtype
+    label, q, q_is_scalar = (target, None, False) if kind else (None, target, False)
+    if q is not None and q.dtype != logits.dtype:
+        q, q_is_scalar = _cast(q, scalar), scalar != logits.dtype
     if weight is not None:
         weight = np.ascontiguousarray(_cast(weight, scalar))
     if sample_weight is not None:
         sample_weight = _cast(sample_weight, scalar)
-    rows = _rows(call)
-    denominator = 1.0
-    if call.reduction == "mean":
+    denominator, value = 1.0, None
+    if reduction == "mean":
         denominator = _denominator(kernels, call, label, kind, weight, sample_weight)
-        if scalar == np.float32 and _is_beyond(denominator):
+        if not _SMALLEST < denominator < _LARGEST and _is_beyond(denominator) and scalar is not _FLOAT64:
             return _in_float64(call)
-    value = np.empty(rows, scalar) if call.reduction == "none" else None
-    grad = hess = None
-    if call.return_grad:
-        grad = np.empty_like(logits, subok=False) if call.grad_out is None else call.grad_out
-    if call.return_hess:
-        hess = np.empty_like(logits, subok=False) if call.hess_out is None else call.hess_out
+    elif reduction == "none":
+        value = np.empty(_rows(call), scalar)
+    if return_grad and grad is None:
+        grad = np.empty_like(logits, subok=False)
+    if return_hess and hess is None:
+        hess = np.empty_like(logits, subok=False)
 
-    total = 0.0
-    if logits.size:
+    total, size = 0.0, logits.size
+    if size:
         total = kernels.run(
-            _LOSS, kernels.PHI[call.phi], call.phi_param, logits, axis, label, kind, q, call.where, weight,
-            sample_weight, q_is_scalar, call.ignore_index, call.label_smoothing, call.temperature, call.softcap or 0.0,
-            call.z_loss, 1.0 / denominator if denominator else 0.0, value, grad, hess, None, None, None, None, None,
-            _threads.team(call.n_threads, logits.size),
+            _LOSS, kernels.PHI[phi], phi_param, logits, axis, label, kind, q, where, weight, sample_weight, q_is_scalar,
+            ignore_index, label_smoothing, temperature, softcap or 0.0, z_loss,
+            1.0 / denominator if denominator else 0.0, value, grad, hess, None, None, None, None, None,
+            1 if size < _threads.SERIAL_BELOW else _threads.team(n_threads, size),
         )  # fmt: skip
     if value is not None:
         return value, grad, hess
-    if call.reduction == "mean":
+    if reduction == "mean":
         total = total / denominator if denominator else float("nan")
-    return _rounded(total, scalar), grad, hess
+    return _rounded(total, scalar) if abs(total) > _LARGEST else scalar.type(total), grad, hess
 
 
 def _rounded(total: float, scalar: np.dtype[Any]) -> Any:
-    if abs(total) > _LARGEST:
-        with np.errstate(over="ignore"):
-            return np.float64(total).astype(scalar)
-    return scalar.type(total)
+    with np.errstate(over="ignore"):
+        return np.float64(total).astype(scalar)
 
 
 def _is_beyond(x: float) -> bool:
@@ -136,9 +137,12 @@ def _is_beyond(x: float) -> bool:
     return 0 < x < np.inf and not _SMALLEST < x < _LARGEST
 
 
+def _is_plain(call: Call) -> bool:
+    return call[10:14] == _PLAIN and call.weight is None and call.sample_weight is None
+
+
 def _is_beyond_float32(call: Call) -> bool:
-    options = (call.label_smoothing, call.temperature, call.softcap or 0.0, call.z_loss)
-    if options != (0.0, 1.0, 0.0, 0.0) and any(map(_is_beyond, options)):
+    if any(map(_is_beyond, (call.label_smoothing, call.temperature, call.softcap or 0.0, call.z_loss))):
         return True
     for weight in (call.weight, call.sample_weight):
         if weight is not None and weight.dtype == np.float64 and weight.size:
@@ -150,8 +154,7 @@ def _is_beyond_float32(call: Call) -> bool:
 
 def _in_float64(call: Call) -> Any:
     """A call with numbers that only float64 holds; the results are rounded to what they would have been."""
-    float64 = np.dtype(np.float64)
-    logits = _cast(call.logits, float64)
+    logits = _cast(call.logits, _FLOAT64)
     result = run(call._replace(logits=logits, grad_out=None, hess_out=None))
     if call.op != "loss":
         return _narrow(result, call.logits, call.grad_out)
@@ -180,11 +183,16 @@ def _narrow(x: Any, logits: Any, out: Any) -> Any:
 def _denominator(kernels: ModuleType, call: Call, label: Any, kind: int, weight: Any, sample_weight: Any) -> float:
     """What the mean divides by."""
     n_classes = call.logits.shape[call.axis]
+    if sample_weight is None and label is not None and label.ndim == 1 and label.size <= _PORTION:
+        return kernels.denominator(label, kind, n_classes, call.ignore_index, weight, None)  # type: ignore[no-any-return]
     if label is None and sample_weight is None:
         return float(call.logits.size / n_classes)
     w = None if label is None else weight  # class weights do not count for probabilities
-    label, s = (None if x is None else x.reshape(-1) for x in (label, sample_weight))
+    label = label if label is None or label.ndim == 1 else label.reshape(-1)
+    s = None if sample_weight is None else sample_weight.reshape(-1)
     n_rows = call.logits.size // n_classes
+    if n_rows <= _PORTION:
+        return float(kernels.denominator(label, kind, n_classes, call.ignore_index, w, s))
     total = 0.0
     for start in range(0, n_rows, _PORTION):
         part = slice(start, start + _PORTION)
