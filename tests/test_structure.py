@@ -53,11 +53,6 @@ def test_every_phi_has_a_case_and_a_kernel() -> None:
         assert set(_cpu.kernels(storage).PHI) == set(_reference.PHI)
 
 
-@pytest.mark.parametrize("loss", PUBLIC_LOSSES)
-def test_every_loss_has_a_benchmark(loss: str) -> None:
-    assert loss in benchmarked("LOSSES")
-
-
 @pytest.mark.parametrize("function", sorted(set(OF_ARRAYS) - set(PUBLIC_LOSSES)))
 def test_every_other_function_has_a_benchmark(function: str) -> None:
     assert function in benchmarked("TRANSFORMS")
