@@ -164,7 +164,8 @@ def assert_loss(
 
     slope, curvature = (cancels * finite(d).max(axis, keepdims=True).clip(max=1e300) for d in expected[1:])
     assert_entries(grad, expected[1], tolerance, slope + 8 * curvature, logits)
-    assert_entries(hess, expected[2], tolerance, curvature + (slope / softcap if softcap else 0.0), logits)
+    of_hess = curvature + (slope / softcap if softcap else 0.0) + (0.0 if is_linear else slope)
+    assert_entries(hess, expected[2], tolerance, of_hess, logits)
 
 
 def finite(x: Any) -> Array:
