@@ -77,7 +77,6 @@ XCE_FN real r_constant(scalar a)
 #endif
     return b;
 }
-XCE_FN scalar r_get(real a, int lane) { return a[lane]; }
 XCE_FN real r_load_scalars(const scalar *p) { real a; memcpy(&a, p, sizeof a); return a; }
 XCE_FN void r_store_scalars(scalar *p, real a) { memcpy(p, &a, sizeof a); }
 XCE_FN ints r_bits(real a) { ints b; memcpy(&b, &a, sizeof b); return b; }
@@ -103,7 +102,6 @@ XCE_FN rmask r_first_lanes(int n) { return (rmask)((1u << n) - 1); }
 XCE_FN rmask r_gt(real a, real b) { return XCE_CMP(a, b, _CMP_GT_OQ); }
 XCE_FN rmask r_eq(real a, real b) { return XCE_CMP(a, b, _CMP_EQ_OQ); }
 XCE_FN rmask r_not(rmask m) { return (rmask)~m; }
-XCE_FN rmask r_and(rmask a, rmask b) { return a & b; }
 XCE_FN rmask r_mask_of(ints nonzero) { return XCE_CMP((real)__builtin_convertvector(nonzero, real), (real){0}, _CMP_NEQ_OQ); }
 XCE_FN unsigned r_lanes_of(rmask m) { return m; }
 #else
@@ -111,7 +109,6 @@ typedef ints rmask; /* every lane all ones or all zeros */
 XCE_FN rmask r_gt(real a, real b) { return a > b; }
 XCE_FN rmask r_eq(real a, real b) { return a == b; }
 XCE_FN rmask r_not(rmask m) { return ~m; }
-XCE_FN rmask r_and(rmask a, rmask b) { return a & b; }
 XCE_FN rmask r_mask_of(ints nonzero) { return nonzero != 0; }
 XCE_FN rmask r_first_lanes(int n)
 {

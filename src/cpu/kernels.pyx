@@ -101,8 +101,6 @@ cdef extern from "formulas.h" nogil:
     real_sum r_sum_add(real_sum s, real a)
     real r_add8(const real *a)
     row_state row_close(real max, real rest)
-    log_prob row_top(row_state s)
-    log_prob row_entry(row_state s, real x)
     real row_lse(row_state s)
     row_result row_finish(row_state s, row_target t, int phi, real parameter)
     jet loss_phi(int phi, log_prob at, real parameter)

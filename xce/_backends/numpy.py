@@ -190,11 +190,8 @@ def _denominator(kernels: ModuleType, call: Call, label: Any, kind: int, weight:
     w = None if label is None else weight  # class weights do not count for probabilities
     label = label if label is None or label.ndim == 1 else label.reshape(-1)
     s = None if sample_weight is None else sample_weight.reshape(-1)
-    n_rows = call.logits.size // n_classes
-    if n_rows <= _PORTION:
-        return float(kernels.denominator(label, kind, n_classes, call.ignore_index, w, s))
     total = 0.0
-    for start in range(0, n_rows, _PORTION):
+    for start in range(0, call.logits.size // n_classes, _PORTION):
         part = slice(start, start + _PORTION)
         total += kernels.denominator(
             None if label is None else label[part],
