@@ -139,6 +139,7 @@ def test_nothing_came():
         (lambda: xce.LossState(4).merge(3), TypeError, "other is a int"),
         (lambda: xce.LossState(C).update(LOGITS[:, :9], LABELS + C), xce.LabelError, r"target\[0\]"),
         (lambda: xce.LossState(C).update(LOGITS[:, :9], LABELS * 1.0), TypeError, "class indices"),
+        (lambda: xce.LossState().update(LOGITS, LOGITS), TypeError, "class indices"),
         (lambda: xce.LossState().result("none"), ValueError, "keep_rows=True"),
         (lambda: xce.LossState().result("avg"), ValueError, "'avg' is unknown"),
     ],

@@ -259,10 +259,7 @@ class LossState:
 
     def _add_whole(self, logits: Array, target: Array, first: int, sample_weight: Array | None) -> None:
         owner = owner_of(logits, "logits")
-        x, y = (
-            np.asarray(owner.view(logits, "logits")),
-            np.asarray(owner_of(target, "target").view(target, "target")),
-        )
+        x, y = np.asarray(owner.view(logits, "logits")), _labels(target)
         s = None if sample_weight is None else np.asarray(sample_weight)
         losses = cross_entropy(x, y, weight=self._weight, sample_weight=s, reduction="none", **self._options())
         losses = np.ravel(losses).astype(np.float64)
@@ -271,10 +268,7 @@ class LossState:
 
     def _add_piece(self, logits: Array, target: Array, start: int, first: int, sample_weight: Array | None) -> None:
         owner = owner_of(logits, "logits")
-        x, y = owner.view(logits, "logits"), np.asarray(owner_of(target, "target").view(target, "target"))
-        if y.dtype.kind not in "iu":
-            raise TypeError(f"target has dtype {y.dtype}: LossState takes class indices, of an integer dtype")
-        y = y.astype(y.dtype.newbyteorder("="), copy=False)
+        x, y = owner.view(logits, "logits"), _labels(target)
         n_classes = self.n_classes or 0
         if (bad := owner.scan_labels(y, n_classes, self.ignore_index)) >= 0:
             raise label_error(y, bad, n_classes, self.ignore_index)
@@ -410,6 +404,14 @@ def _float(x: Fraction) -> float:
         return float(x)
     except OverflowError:
         return math.inf if x > 0 else -math.inf
+
+
+def _labels(target: Array) -> np.ndarray:
+    """Class indices as a NumPy array in native byte order."""
+    y = np.asarray(owner_of(target, "target").view(target, "target"))
+    if y.dtype.kind not in "iu":
+        raise TypeError(f"target has dtype {y.dtype}: LossState takes class indices, of an integer dtype")
+    return y.astype(y.dtype.newbyteorder("="), copy=False)
 
 
 def _total(weight: np.ndarray | None, width: int) -> float:
