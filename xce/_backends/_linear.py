@@ -26,35 +26,29 @@ SLICE_BYTES = 4 << 20  # chunks of 256 rows, with slices of 128 KiB: 1.13, 1 MiB
 
 def run(call: LinearCall) -> tuple[Any, tuple[Any, Any, Any]]:
     """Compute `call`: the loss, and the gradients or None."""
+    grads = x_out, weight_out, bias_out = tuple(_outputs(call))
     with np.errstate(all="ignore"):  # infinities and NaN are answers here
-        return _run(call)
+        dtype, denominator = _precision(call.loss)
+        return _loss(call, dtype, denominator, _Layer(call, dtype, weight_out, bias_out), x_out), grads
 
 
-def _run(call: LinearCall) -> tuple[Any, tuple[Any, Any, Any]]:
-    loss, x_out, weight_out, bias_out = call.loss, *_outputs(call)
-    dtype, denominator = _precision(loss)
-    rows = loss.logits.shape[:-1]
+def _loss(call: LinearCall, dtype: np.dtype[Any], denominator: float, layer: _Layer, x_out: Any) -> Any:
+    """The loss, as `layer` computes the logits; its gradients are written."""
+    loss, rows, n_classes = call.loss, call.loss.logits.shape[:-1], call.weight.shape[0]
     n_rows, step = math.prod(rows), _chunk_rows(call, dtype)
     inputs, target = _Rows(call.inputs, rows), _Rows(loss.target, rows)
     where, sample_weight, d_inputs = (
         None if a is None else _Rows(a, rows) for a in (loss.where, loss.sample_weight, x_out)
     )
-    layer = _Layer(call, dtype, weight_out, bias_out)
     result = np.dtype("float64" if loss.logits.dtype == np.float64 else "float32")
     value = np.zeros(n_rows, result) if loss.reduction == "none" else None
     # "mean" is a sum with this weight, and so are its gradients
     share = 1 / denominator if denominator else 0.0
 
-    total, chunk = 0.0, np.empty((min(step, n_rows), loss.logits.shape[-1]), dtype)
+    total, chunk = 0.0, np.empty((min(step, n_rows), n_classes), dtype)
     for start in range(0, n_rows, step):
         part = slice(start, min(start + step, n_rows))
-        which: Any = part
-        labels = target[part]
-        if labels.ndim == 1:
-            labels = labels.copy()  # read once: another thread may change them
-            kept = labels != loss.ignore_index
-            if not kept.all():  # nothing is read of the others
-                which, labels = start + np.flatnonzero(kept), labels[kept]
+        which, labels = _counted(part, target[part], loss.ignore_index)
         x = _matrix(inputs[which], dtype)
         g = chunk[: len(x)]
         layer.forward(x, g)
@@ -67,17 +61,24 @@ def _run(call: LinearCall) -> tuple[Any, tuple[Any, Any, Any]]:
         if value is not None:
             value[which] = losses
         if loss.return_grad:
-            layer.backward(x, g)  # before inputs are overwritten
+            layer.backward(x, g)  # before the inputs are overwritten
         if d_inputs is not None:
             if which is not part:
                 d_inputs[part] = 0
             layer.d_inputs(g, d_inputs, which)
     layer.finish()
     if value is not None:
-        return value.reshape(rows), (x_out, weight_out, bias_out)
-    if loss.reduction == "mean" and not denominator:
-        total = math.nan
-    return np.float64(total).astype(result), (x_out, weight_out, bias_out)
+        return value.reshape(rows)
+    return np.float64(total if denominator else math.nan).astype(result)
+
+
+def _counted(part: slice, target: Any, ignore_index: int) -> tuple[slice | Any, Any]:
+    """The rows of a part that count, by their flat numbers, and their targets: nothing is read of ignored rows."""
+    if target.ndim == 2:  # probabilities
+        return part, target
+    labels = target.copy()  # read once: another thread may change them
+    kept = labels != ignore_index
+    return (part, labels) if kept.all() else (part.start + np.flatnonzero(kept), labels[kept])
 
 
 def _outputs(call: LinearCall) -> Iterator[Any]:
@@ -104,13 +105,14 @@ def _precision(loss: Call) -> tuple[np.dtype[Any], float]:
 
 def _chunk_rows(call: LinearCall, dtype: np.dtype[Any]) -> int:
     """The rows of a chunk: what was asked for, or chunks of equal size below the cap."""
-    n_rows, n_classes = math.prod(call.loss.logits.shape[:-1]), int(call.loss.logits.shape[-1])
+    *rows, n_classes = map(int, call.loss.logits.shape)
+    n_rows, target = math.prod(rows), call.loss.target
     if call.chunk_rows is not None:
         return min(call.chunk_rows, max(n_rows, 1))
-    is_converted = call.loss.target.ndim == call.loss.logits.ndim and call.loss.target.dtype != dtype
+    is_converted = target.ndim > len(rows) and target.dtype != dtype
     entries = n_classes * (1 + is_converted) + 2 * call.inputs.shape[-1]
     n_chunks = -(-n_rows // max(CHUNK_BYTES // (entries * dtype.itemsize), 1))
-    return -(-n_rows // max(n_chunks, 1)) or 1
+    return int(-(-n_rows // max(n_chunks, 1)) or 1)
 
 
 class _Layer:
