@@ -498,8 +498,8 @@ def linear_cross_entropy(
 
     Notes
     -----
-    Beyond its outputs a call on the CPU needs the memory of a chunk and some 20 MiB, whatever the sizes; arrays of
-    libraries that have no kernels are computed at once. The products depend in their last digits on the BLAS
+    Beyond its outputs a call needs the memory of a chunk and some 30 MiB, whatever the sizes; arrays of libraries
+    that have no kernels are computed at once. The products depend in their last digits on the BLAS
     library, its threads and `chunk_rows`, and so does the result.
 
     16-bit gradients of the parameters are rounded after each chunk; with many chunks, give buffers of float32.
