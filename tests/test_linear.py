@@ -12,9 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import combinations, oracle, problem
-from checks import LAYOUTS, dtype_of, widen
+from cases import OPTIONS, combinations, oracle, problem
+from checks import DTYPES, LAYOUTS, compute_dtype, dtype_of, widen
+from hypothesis import given
+from hypothesis import strategies as st
 from test_dispatch import Library, jax_library, strict_library, torch_library
+from test_hypothesis import LABELS, N_CLASSES, PROFILE, placed
 
 import xce
 from xce._backends import _linear
@@ -54,16 +57,16 @@ def check(x: Any, w: Any, target: Any, bias: Any = None, *, rtol: float = 1e-12,
             assert grad is None
             continue
         assert (grad.dtype, grad.shape) == (like.dtype, like.shape)
-        assert_equal(grad, expected, rtol + half_spacing(grad.dtype))
+        assert_equal(grad, expected, rtol + half_spacing(grad.dtype), 2.0**-25 if grad.dtype == np.float16 else 1e-300)
     return value, grads
 
 
-def assert_equal(result: Any, exact: Any, rtol: float) -> None:
+def assert_equal(result: Any, exact: Any, rtol: float, atol: float = 1e-300) -> None:
     """Equality relative to the largest entry: terms of both signs add up in a product."""
     result, exact = widen(np.asarray(result)), np.asarray(exact)
     np.testing.assert_array_equal(np.isfinite(result), np.isfinite(exact))
     scale = np.max(np.abs(exact[np.isfinite(exact)]), initial=0.0)
-    np.testing.assert_allclose(result, exact, rtol=0, atol=rtol * scale + 1e-300)
+    np.testing.assert_allclose(result, exact, rtol=0, atol=rtol * scale + atol)
 
 
 def half_spacing(dtype: np.dtype[Any]) -> float:
@@ -224,6 +227,38 @@ def test_chunks_change_only_the_rounding() -> None:
     y = RNG.integers(300, size=600)
     for chunk_rows in (1, 7, 599, 600, None):
         check(x, w, y, chunk_rows=chunk_rows, rtol=1e-5)
+
+
+@PROFILE
+@given(data=st.data(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 10**6))
+@pytest.mark.parametrize("mode", ["index", "probabilities"])
+def test_random_calls(mode: str, data: Any, dtype: str, seed: int) -> None:
+    draw, rng, kind = data.draw, np.random.default_rng(seed), dtype_of(dtype)
+    features = {name: draw(st.sampled_from(values), label=name) for name, values in OPTIONS.items()}
+    rows = tuple(draw(st.lists(st.integers(0, 20), max_size=1) | st.lists(st.integers(1, 4), max_size=3)))
+    n_classes, width = draw(N_CLASSES), draw(st.integers(0, 40))
+    _, target, options = problem(features, mode, (*rows, n_classes), -1, kind, seed)
+    del options["axis"]
+    if mode == "index":
+        narrow = np.dtype(draw(LABELS))
+        if np.all((target >= np.iinfo(narrow).min) & (target <= np.iinfo(narrow).max)):
+            target = np.asarray(target).astype(narrow)
+    x, w, b = (rng.standard_normal(shape).astype(kind) for shape in ((*rows, width), (n_classes, width), (n_classes,)))
+    bias = b if draw(st.booleans()) else None
+    # a sum of 16-bit chunks may be smaller than what was rounded on the way
+    chunk_rows = draw(st.sampled_from([None, 1, 3])) if x.dtype.itemsize > 2 else None
+    # the rounding of the logits, amplified by their size
+    size = np.max(np.abs(widen(x)) @ np.abs(widen(w)).T, initial=0.0) + np.max(np.abs(widen(b)))
+    rtol = 8 * float(np.finfo(compute_dtype(x)).eps) * (1 + size / options["temperature"])
+    options = {name: placed(draw, value) for name, value in options.items()}
+    arguments = [placed(draw, a) for a in (x, w, target)] + [placed(draw, bias)]
+    grad_out = None if draw(st.booleans()) else tuple(
+        None if a is None else placed(draw, np.ones_like(a)) for a in (x, w, bias)
+    )  # fmt: skip
+    value, _ = check(*arguments, rtol=rtol, chunk_rows=chunk_rows, grad_out=grad_out, **options)
+    x, w, target, bias = arguments
+    alone = xce.linear_cross_entropy(x, w, target, linear_bias=bias, chunk_rows=chunk_rows, **options)
+    np.testing.assert_array_equal(alone, value, strict=True)
 
 
 # Edges
