@@ -185,6 +185,7 @@ def test_options_that_only_float64_holds(dtype: str) -> None:
     tiny = np.full(C, 1e-40)
     check(x, w, Y, b, weight=tiny, rtol=1e-6)
     check(x, w, Y, None, sample_weight=np.array([1e-38, 1.0, 1e-42, 1, 1]), reduction="sum", rtol=1e-6)
+    check(x, w, Y, None, sample_weight=np.full(N, 1e-40, "f4"), rtol=1e-6)  # 1 / its sum is infinite in float32
     check(x, w, Y, None, temperature=1e35, reduction="none", rtol=1e-6)
 
 
@@ -340,6 +341,15 @@ def test_layouts(layout: str, dtype: str) -> None:
         rtol = 1e-5 + 6 * half_spacing(x.dtype)
         _, grads = check(lay(x), lay(w), lay(target), lay(b), chunk_rows=4, grad_out=buffers, rtol=rtol, **laid)
         assert all(grad is buffer for grad, buffer in zip(grads, buffers, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_blas_gets_what_it_reads(layout: str) -> None:
+    """NumPy computes the products of other matrices by loops of its own, and copies those that are misaligned."""
+    x = LAYOUTS[layout](W)
+    assert _linear._is_direct(x, np.dtype("f8")) == (layout in ("C", "F", "swapped", "sliced rows"))
+    assert _linear._is_direct(_linear._matrix(x, np.dtype("f8")), np.dtype("f8"))
+    assert _linear._is_direct(_linear._matrix(x, np.dtype("f4")), np.dtype("f4"))
 
 
 @pytest.mark.parametrize("chunk_rows", [None, 1, 4])

@@ -209,7 +209,7 @@ def _is_direct(x: Any, dtype: np.dtype[Any]) -> bool:
 
     def in_rows(x: Any) -> bool:
         outer, inner = x.strides
-        return bool(inner == x.itemsize and outer >= x.shape[1] * inner and outer % inner == 0)
+        return bool(inner == x.itemsize and outer >= x.shape[1] * inner)
 
     return x.dtype == dtype and x.flags.aligned and (in_rows(x) or in_rows(x.T))
 
