@@ -8,13 +8,16 @@ from . import losses
 from ._errors import LabelError
 from ._threads import get_num_threads, num_threads, set_num_threads, show_config
 from .losses import *  # noqa: F403
+from .metrics import log_loss, perplexity
 from .state import LossState
 
 __all__ = [
     "LabelError",
     "LossState",
     "get_num_threads",
+    "log_loss",
     "num_threads",
+    "perplexity",
     "set_num_threads",
     "show_config",
 ]

@@ -368,6 +368,11 @@ def thread_count(name: str, value: Any) -> int | None:
     )
 
 
+def count(name: str, value: Any) -> int:
+    """Return an option that counts something."""
+    return _integer(name, value, range(1, sys.maxsize + 1), "an integer of at least 1")
+
+
 def _integer(name: str, value: Any, allowed: range, text: str) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} is a {type_name(value)}: it must be {text}")

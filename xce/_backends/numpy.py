@@ -326,16 +326,16 @@ def _elements(call: ElementCall, kernels: ModuleType, scalar: np.dtype[Any]) -> 
     if call.reduction == "none":
         value = np.empty(x.shape if axis is None else x.shape[:axis] + x.shape[axis + 1 :], scalar)
         row = 0 if axis is None else per_row
-    operands = x, y, pos_weight, weight, sample_weight, grad, hess
-    if row:  # the classes last, for the means of rows
-        operands = tuple(a if a is None else np.moveaxis(a, axis, -1) for a in operands)
-    x, y, pos_weight, weight, sample_weight, grad_at, hess_at = operands
+
+    def placed(a: Any) -> Any:  # the classes last, for the means of rows
+        return a if a is None or axis is None else np.moveaxis(a, axis, -1)
+
     total = 0.0
     if x.size:
         total = kernels.run_elements(
-            kernels.ELEMENT_FORMULAS[call.formula], call.params, x, y, kind, pos_weight, weight, sample_weight,
-            1.0 / denominator if denominator else 0.0, row, value, grad_at, hess_at,
-            1 if x.size < _threads.SERIAL_BELOW else _threads.team(call.n_threads, x.size),
+            kernels.ELEMENT_FORMULAS[call.formula], call.params, placed(x), placed(y), kind, placed(pos_weight),
+            placed(weight), placed(sample_weight), 1.0 / denominator if denominator else 0.0, row, value,
+            placed(grad), placed(hess), 1 if x.size < _threads.SERIAL_BELOW else _threads.team(call.n_threads, x.size),
         )  # fmt: skip
     if value is None:
         value = _rounded(total / denominator if denominator else float("nan"), scalar)
@@ -350,7 +350,8 @@ def _cast_broadcast(x: Any, dtype: np.dtype[Any]) -> Any:
 def _sum(x: Any) -> float:
     """The sum of a broadcast array, always added in the same order."""
     distinct = np.ascontiguousarray(_distinct(x))
-    return float(distinct.sum(dtype=np.float64)) * (x.size // max(distinct.size, 1))
+    repetitions = int(x.size) // max(int(distinct.size), 1)
+    return float(np.sum(distinct, dtype=np.float64)) * repetitions
 
 
 def _distinct(x: Any) -> Any:
