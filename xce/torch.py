@@ -1,0 +1,409 @@
+"""The losses of `torch.nn.functional` and `torch.nn`, computed by xce: their names, arguments and results.
+
+``from xce.torch import CrossEntropyLoss`` is the whole migration. A call goes one of two ways:
+
+- to the kernels of xce, if `_value_dtype` has an answer: dense CPU tensors of one floating dtype, and nothing but
+  autograd that follows the computation (no compiler, no transform of `torch.func`, no mode, no subclass);
+- to PyTorch itself otherwise, and when xce refuses the arguments: PyTorch may take them (negative weights, targets
+  that broadcast), or it has its own error for them. Only labels out of range are refused here, by `xce.LabelError`.
+
+The kernels give the gradient along with the value, and only if autograd is going to ask for it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F  # noqa: N812
+from torch.nn._reduction import legacy_get_string
+
+import xce
+
+__all__ = [
+    "BCELoss",
+    "BCEWithLogitsLoss",
+    "CrossEntropyLoss",
+    "KLDivLoss",
+    "MultiLabelSoftMarginLoss",
+    "NLLLoss",
+    "SoftMarginLoss",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "cross_entropy",
+    "kl_div",
+    "multilabel_soft_margin_loss",
+    "nll_loss",
+    "soft_margin_loss",
+]
+
+_FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_LABELS = {torch.int64, torch.uint8}
+
+_Tensors = dict[str, Tensor | None]  # by the name of the argument, the input first
+
+
+class _Loss(NamedTuple):
+    """A loss, by xce and by PyTorch, and what tells it from the others."""
+
+    ours: Callable[..., Any]
+    theirs: Callable[..., Tensor]
+    class_axis: int | None = None  # of an input with more than one; None: every element has a loss
+    has_labels: bool = False  # the target may be class indices
+    is_autocast: bool = True  # under autocast PyTorch computes it in float32
+    by: tuple[str, ...] = ("input",)  # the arguments by which xce differentiates
+
+
+def _kl_div(input: Tensor, target: Tensor, *, reduction: str, log_target: bool) -> Tensor:
+    """PyTorch's, without the warning that `kl_div` has given."""
+    if reduction == "mean":
+        return F.kl_div(input, target, reduction="none", log_target=log_target).mean()
+    return F.kl_div(input, target, reduction=reduction, log_target=log_target)
+
+
+_LOSSES = {
+    "cross_entropy": _Loss(xce.cross_entropy, F.cross_entropy, class_axis=1, has_labels=True),
+}
+
+
+def _loss(
+    name: str,
+    tensors: _Tensors,
+    reduction: str,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    **options: Any,
+) -> Tensor:
+    """Return a loss, computed by xce if it can be."""
+    loss = _LOSSES[name]
+    if size_average is not None or reduce is not None:
+        reduction = legacy_get_string(size_average, reduce)
+    options["reduction"] = reduction
+    dtype = _value_dtype(loss, tensors, options)
+    if dtype is not None:
+        try:
+            return _by_xce(loss, tensors, options, dtype)
+        except xce.LabelError:
+            raise
+        except (TypeError, ValueError):
+            pass
+    return loss.theirs(**tensors, **options)
+
+
+def _value_dtype(loss: _Loss, tensors: _Tensors, options: dict[str, Any]) -> torch.dtype | None:
+    """Return the dtype of the loss if the kernels of xce can take the call, or None."""
+    if _is_followed():
+        return None
+    given = {name: x for name, x in tensors.items() if x is not None}
+    dtypes = set()
+    for name, x in given.items():
+        if type(x) not in (Tensor, nn.Parameter) or x.device.type != "cpu":
+            return None
+        if x.requires_grad and name not in loss.by and torch.is_grad_enabled():
+            return None
+        if x.dtype in _FLOATS:
+            dtypes.add(x.dtype)
+        elif not (name == "target" and loss.has_labels and x.dtype in _LABELS):
+            return None
+    if loss.has_labels and given["target"].dtype in _FLOATS and options["ignore_index"] >= 0:
+        return None  # an error, for PyTorch
+    if loss.is_autocast and torch.is_autocast_enabled("cpu") and torch.float64 not in dtypes:
+        return torch.float32
+    return dtypes.pop() if len(dtypes) == 1 else None
+
+
+def _is_followed() -> bool:
+    """Whether more than autograd follows the operations: a compiler, tracer, transform, mode or dual numbers."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_torch_function_mode_enabled()
+        or forward_ad._current_level >= 0
+    )
+
+
+class _Call(NamedTuple):
+    """What autograd has to know of a call besides its tensors."""
+
+    loss: _Loss
+    options: dict[str, Any]
+    dtype: torch.dtype  # of the value
+    names: tuple[str, ...]  # of the tensors
+    by: tuple[str, ...]  # the names of those by which to differentiate
+
+
+def _by_xce(loss: _Loss, tensors: _Tensors, options: dict[str, Any], dtype: torch.dtype) -> Tensor:
+    """Return a loss, computed by xce."""
+    by = tuple(name for name in loss.by if (x := tensors[name]) is not None and x.requires_grad)
+    if not by or not torch.is_grad_enabled():
+        return _run(loss, tensors, options).to(dtype)
+    call = _Call(loss, options, dtype, tuple(tensors), by)
+    value, *gradients = _Gradients.apply(call, *tensors.values())
+    return _Value.apply(call, value, gradients, *(tensors[name] for name in by))
+
+
+def _run(loss: _Loss, tensors: _Tensors, options: dict[str, Any], *, return_grad: bool = False) -> Any:
+    """Return what the function of xce returns."""
+    input, *others = (x if x is None else x.detach() for x in tensors.values())
+    if loss.class_axis is not None:
+        options = options | {"axis": _class_axis(loss, input)}
+    others = dict(zip(list(tensors)[1:], others, strict=True))
+    return loss.ours(input, **others, **options, return_grad=return_grad, n_threads=torch.get_num_threads())
+
+
+def _class_axis(loss: _Loss, input: Tensor) -> int:
+    return 0 if input.ndim == 1 else loss.class_axis
+
+
+# Autograd, in two nodes. `_Value` keeps the gradients only: once they are computed, the logits may be overwritten, as with
+# PyTorch. `_Gradients` keeps the tensors, and is only entered if the gradients themselves are differentiated.
+
+
+class _Gradients(torch.autograd.Function):
+    """The value, a constant, and the gradients. Their derivatives are those of the loss of PyTorch."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.call = call
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        named = {
+            # what a loss scale keeps from underflow in float16 must not underflow here
+            name: x.float() if name in call.by and x.dtype == torch.float16 else x
+            for name, x in zip(call.names, tensors, strict=True)
+        }
+        value, gradients = _run(call.loss, named, call.options, return_grad=True)
+        if not isinstance(gradients, tuple):
+            gradients = (gradients,)
+        ctx.mark_non_differentiable(value)
+        return value, *(g for name, g in zip(call.loss.by, gradients, strict=True) if name in call.by)
+
+    @staticmethod
+    def backward(ctx: Any, _: None, *vectors: Tensor | None) -> tuple[Tensor | None, ...]:
+        call: _Call = ctx.call
+        tensors = dict(zip(call.names, ctx.saved_tensors, strict=True))
+        by = [tensors[name] for name in call.by]
+        with torch.enable_grad():
+            wide = {
+                name: x.to(call.dtype) if x is not None and x.dtype in _FLOATS else x for name, x in tensors.items()
+            }
+            value = call.loss.theirs(**wide, **call.options).sum()
+            gradients = torch.autograd.grad(value, by, create_graph=True)
+        pairs = [(g, v) for g, v in zip(gradients, vectors, strict=True) if g.requires_grad and v is not None]
+        if not pairs:  # a loss that is linear in its input
+            return (None,) * (1 + len(tensors))
+        outputs, vectors = zip(*pairs, strict=True)
+        products = torch.autograd.grad(
+            outputs, by, vectors, create_graph=torch.is_grad_enabled(), allow_unused=True
+        )
+        found = dict(zip(call.by, products, strict=True))
+        return None, *(found.get(name) for name in call.names)
+
+
+class _Value(torch.autograd.Function):
+    """The value, with the gradients that `_Gradients` has found: the backward pass is a product at most."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, value: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.axis = None if call.loss.class_axis is None else _class_axis(call.loss, inputs[0])
+        ctx.save_for_backward(*gradients)
+        return value.to(call.dtype, copy=True)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, None, *(_product(gradient, grad_output, ctx.axis) for gradient in ctx.saved_tensors)
+
+
+def _product(gradient: Tensor, grad_output: Tensor, axis: int | None) -> Tensor:
+    """Return ``grad_output * gradient``, in the memory of `gradient` if nobody is going to see it again."""
+    if grad_output.ndim and axis is not None:
+        grad_output = grad_output.unsqueeze(axis)
+    if torch.is_grad_enabled() or _is_followed() or torch._C._autograd._get_current_graph_task_keep_graph():
+        return grad_output * gradient
+    gradient = gradient.detach()
+    if grad_output.ndim == 0 and grad_output.item() == 1:  # the root of the graph
+        return gradient
+    return gradient.mul_(grad_output)
+
+
+# Functions
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """`torch.nn.functional.cross_entropy`, computed by `xce.cross_entropy`."""
+    return _loss(
+        "cross_entropy",
+        {"input": input, "target": target, "weight": weight},
+        reduction,
+        size_average,
+        reduce,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+    )
+
+
+def nll_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """`torch.nn.functional.nll_loss`, computed by `xce.nll_loss`."""
+    tensors = {"input": input, "target": target, "weight": weight}
+    return _loss("nll_loss", tensors, reduction, size_average, reduce, ignore_index=ignore_index)
+
+
+def binary_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """`torch.nn.functional.binary_cross_entropy`, computed by `xce.binary_cross_entropy`."""
+    tensors = {"input": input, "target": target, "weight": weight}
+    return _loss("binary_cross_entropy", tensors, reduction, size_average, reduce)
+
+
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+) -> Tensor:
+    """`torch.nn.functional.binary_cross_entropy_with_logits`, computed by `xce.binary_cross_entropy_with_logits`."""
+    tensors = {"input": input, "target": target, "weight": weight, "pos_weight": pos_weight}
+    return _loss("binary_cross_entropy_with_logits", tensors, reduction, size_average, reduce)
+
+
+def kl_div(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.kl_div`, computed by `xce.kl_div`."""
+    if reduction == "mean" and size_average is None and reduce is None:
+        warnings.warn(
+            "reduction='mean' divides by the number of elements; reduction='batchmean' divides by the size of the "
+            "batch, which is the mean of the Kullback-Leibler divergences",
+            stacklevel=2,
+        )
+    tensors = {"input": input, "target": target}
+    return _loss("kl_div", tensors, reduction, size_average, reduce, log_target=log_target)
+
+
+def soft_margin_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """`torch.nn.functional.soft_margin_loss`, computed by `xce.soft_margin_loss`."""
+    return _loss("soft_margin_loss", {"input": input, "target": target}, reduction, size_average, reduce)
+
+
+def multilabel_soft_margin_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """`torch.nn.functional.multilabel_soft_margin_loss`, computed by `xce.multilabel_soft_margin_loss`."""
+    tensors = {"input": input, "target": target, "weight": weight}
+    return _loss("multilabel_soft_margin_loss", tensors, reduction, size_average, reduce)
+
+
+# Modules
+
+
+class CrossEntropyLoss(nn.CrossEntropyLoss):
+    """`torch.nn.CrossEntropyLoss`, computed by `xce.cross_entropy`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Return the loss."""
+        return cross_entropy(
+            input,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )
+
+
+class NLLLoss(nn.NLLLoss):
+    """`torch.nn.NLLLoss`, computed by `xce.nll_loss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Return the loss."""
+        return nll_loss(input, target, self.weight, ignore_index=self.ignore_index, reduction=self.reduction)
+
+
+class BCELoss(nn.BCELoss):
+    """`torch.nn.BCELoss`, computed by `xce.binary_cross_entropy`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Return the loss."""
+        return binary_cross_entropy(input, target, self.weight, reduction=self.reduction)
+
+
+class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
+    """`torch.nn.BCEWithLogitsLoss`, computed by `xce.binary_cross_entropy_with_logits`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Return the loss."""
+        return binary_cross_entropy_with_logits(
+            input, target, self.weight, reduction=self.reduction, pos_weight=self.pos_weight
+        )
+
+
+class KLDivLoss(nn.KLDivLoss):
+    """`torch.nn.KLDivLoss`, computed by `xce.kl_div`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Return the loss."""
+        return kl_div(input, target, reduction=self.reduction, log_target=self.log_target)
+
+
+class SoftMarginLoss(nn.SoftMarginLoss):
+    """`torch.nn.SoftMarginLoss`, computed by `xce.soft_margin_loss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Return the loss."""
+        return soft_margin_loss(input, target, reduction=self.reduction)
+
+
+class MultiLabelSoftMarginLoss(nn.MultiLabelSoftMarginLoss):
+    """`torch.nn.MultiLabelSoftMarginLoss`, computed by `xce.multilabel_soft_margin_loss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Return the loss."""
+        return multilabel_soft_margin_loss(input, target, self.weight, reduction=self.reduction)
