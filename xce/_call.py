@@ -12,23 +12,24 @@ from typing import Any, NamedTuple
 from numpy import ndarray
 
 from xce import _check as check
-from xce._check import INT64, NATIVE_FLOATS, NATIVE_INTEGERS, REDUCTIONS, Array, dtype_name, thread_count
+from xce._check import DIVERGENCES, INT64, NATIVE_FLOATS, NATIVE_INTEGERS, REDUCTIONS, Array, dtype_name, thread_count
 from xce._dispatch import view
 
 __all__ = [
-    "Array", "Call", "LogitStats", "dtype_name", "finish", "normalise", "normalise_map", "thread_count"
+    "Array", "Call", "LogitStats", "dtype_name", "finish", "normalise", "normalise_distillation", "normalise_map",
+    "thread_count",
 ]  # fmt: skip
 
 
 class Call(NamedTuple):
     """One checked computation; past `normalise` nothing is defaulted and nothing is checked again."""
 
-    op: str  # "loss" | "softmax" | "log_softmax" | "logsumexp" | "stats"
-    phi: str  # the scalar function of the log-probability, and
+    op: str  # "loss" | "nll" | "distillation" | "softmax" | "log_softmax" | "logsumexp" | "stats"
+    phi: str  # the scalar function of the log-probability (or of two: the divergence), and
     phi_param: float  # its parameter (0.0 where it has none)
     logits: Array  # any shape with at least one axis, floating
     axis: int  # the class axis, 0..ndim-1
-    target: Array  # None, or integers of the rows' shape, or probabilities of the logits' shape
+    target: Array  # None, or integers of the rows' shape, or probabilities (or a teacher's logits) of the logits' shape
     weight: Array  # None, or (C,), floating
     sample_weight: Array  # None, or of the rows' shape, floating
     where: Array  # None, or bool, of the logits' shape
@@ -44,6 +45,7 @@ class Call(NamedTuple):
     hess_out: Array
     n_threads: int | None
     validate: bool  # False: the data was not read, and a bad label makes its row NaN
+    teacher_indices: Array = None  # None, or the classes that a teacher's logits are of
 
 
 class LogitStats(NamedTuple):
@@ -94,36 +96,37 @@ def normalise(
     hess_out: Array | None = None,
     n_threads: int | None = None,
     validate: bool = True,
+    name: str = "logits",
 ) -> Call:
-    """Return the checked call of an operation with a target."""
+    """Return the checked call of an operation with a target; `name` is what the user calls the logits."""
     has_extras = not (weight is sample_weight is where is grad_out is hess_out is None)
     is_plain = type(logits) is type(target) is ndarray
     if has_extras or not is_plain:
-        first, logits = logits, owner.view(logits, "logits")
-        target = check.view_target(owner, first, logits, target)
-        weight = None if weight is None else view(owner, first, weight, "weight")
-        sample_weight = None if sample_weight is None else view(owner, first, sample_weight, "sample_weight")
-        where = None if where is None else view(owner, first, where, "where")
-        grad_out = None if grad_out is None else view(owner, first, grad_out, "grad_out")
-        hess_out = None if hess_out is None else view(owner, first, hess_out, "hess_out")
+        first, logits = logits, owner.view(logits, name)
+        target = check.view_target(owner, first, name, logits, target)
+        weight = None if weight is None else view(owner, first, weight, "weight", name)
+        sample_weight = None if sample_weight is None else view(owner, first, sample_weight, "sample_weight", name)
+        where = None if where is None else view(owner, first, where, "where", name)
+        grad_out = None if grad_out is None else view(owner, first, grad_out, "grad_out", name)
+        hess_out = None if hess_out is None else view(owner, first, hess_out, "hess_out", name)
 
     if not is_plain or logits.dtype not in NATIVE_FLOATS:
-        logits = check.typed(logits, "logits", *check.FLOATS)
+        logits = check.typed(logits, name, *check.FLOATS)
     shape = logits.shape
     ndim = len(shape)
     if type(axis) is not int or not -ndim <= axis < ndim:
-        axis = check.class_axis(axis, ndim, "logits")
+        axis = check.class_axis(axis, ndim, name)
     if axis < 0:
         axis += ndim
     n_classes = shape[axis]
     if n_classes == 0:
-        raise ValueError(f"logits of shape {shape} has no classes: axis {axis} must have at least one")
+        raise ValueError(f"{name} of shape {shape} has no classes: axis {axis} must have at least one")
     rows = shape[:axis] + shape[axis + 1 :]
 
     is_index = is_plain and target.shape == rows and target.dtype in NATIVE_INTEGERS
     if not is_index:
-        target, is_index = check.target_mode(target, shape, axis, rows)
-        if op == "stats" and not is_index:
+        target, is_index = check.target_mode(target, name, shape, axis, rows)
+        if op != "loss" and not is_index:
             raise TypeError(f"target has dtype {dtype_name(target.dtype)}: it must be integers of shape {rows}")
     if type(ignore_index) is not int or ignore_index not in INT64:
         ignore_index = check.label("ignore_index", ignore_index)
@@ -131,7 +134,7 @@ def normalise(
         validate = check.flag("validate", validate)
     if validate:
         if not is_index:
-            check.values(owner, target, "target", finite=False)
+            check.values(owner, target, "target", *check.NOT_NEGATIVE)
         elif (bad := owner.scan_labels(target, n_classes, ignore_index)) >= 0:
             raise check.label_error(target, bad, n_classes, ignore_index)
 
@@ -144,7 +147,7 @@ def normalise(
     if type(z_loss) is not float or z_loss != 0.0:
         z_loss = check.real("z_loss", z_loss)
     if type(reduction) is not str or reduction not in REDUCTIONS:
-        reduction = check.reduction_name(reduction)
+        reduction = check.choice("reduction", reduction, REDUCTIONS)
     if type(return_grad) is not bool:
         return_grad = check.flag("return_grad", return_grad)
     if type(return_hess) is not bool:
@@ -158,17 +161,17 @@ def normalise(
         if sample_weight is not None:
             sample_weight = check.row_weight(owner, sample_weight, rows, validate)
         if where is not None:
-            where = check.broadcast(check.typed(where, "where", "bool"), "where", shape, "logits")
+            where = check.broadcast(check.typed(where, "where", "bool"), "where", shape, name)
         if not (grad_out is hess_out is None):
             check.asked((grad_out, return_grad, "grad"), (hess_out, return_hess, "hess"))
             inputs = {"target": target, "weight": weight, "sample_weight": sample_weight, "where": where}
-            check.buffers(logits, "logits", {"grad_out": grad_out, "hess_out": hess_out}, inputs)
+            check.buffers(logits, name, {"grad_out": grad_out, "hess_out": hess_out}, inputs)
 
     # fmt: off
     return tuple.__new__(Call, (  # half the time of Call(...)
         op, phi, phi_param, logits, axis, target, weight, sample_weight, where, ignore_index,
         label_smoothing, temperature, softcap, z_loss, reduction, return_grad, return_hess,
-        grad_out, hess_out, n_threads, validate,
+        grad_out, hess_out, n_threads, validate, None,
     ))
     # fmt: on
 
@@ -190,7 +193,7 @@ def normalise_map(
     temperature = check.real("temperature", temperature)
     n_threads = check.thread_count("n_threads", n_threads)
     if out is not None:
-        out = view(owner, first, out, "out", first_name="x")
+        out = view(owner, first, out, "out", "x")
         check.buffers(x, "x", {"out": out}, {})
     # fmt: off
     return Call(
@@ -202,7 +205,64 @@ def normalise_map(
     # fmt: on
 
 
-def finish(owner: ModuleType, call: Call, result: tuple[Array, Array | None, Array | None]) -> Any:
+def normalise_distillation(
+    owner: ModuleType,
+    divergence: str,
+    student: Array,
+    teacher: Array,
+    indices: Array | None,
+    axis: int,
+    temperature: float,
+    reduction: str,
+    sample_weight: Array | None,
+    return_grad: bool,
+    return_hess: bool,
+    grad_out: Array | None,
+    hess_out: Array | None,
+    n_threads: int | None,
+    validate: bool,
+) -> Call:
+    """Return the checked call of a divergence between two arrays of logits."""
+    name = "student_logits"
+    first, student = student, check.typed(owner.view(student, name), name, *check.FLOATS)
+    teacher = check.typed(view(owner, first, teacher, "teacher_logits", name), "teacher_logits", *check.FLOATS)
+    axis = check.class_axis(axis, len(student.shape), name)
+    shape = student.shape
+    if shape[axis] == 0:
+        raise ValueError(f"{name} of shape {shape} has no classes: axis {axis} must have at least one")
+    rows = shape[:axis] + shape[axis + 1 :]
+    validate = check.flag("validate", validate)
+    if indices is not None:
+        indices = check.sparse_teacher(
+            owner, view(owner, first, indices, "teacher_indices", name), teacher, shape, axis, divergence, validate
+        )
+    elif teacher.shape != shape:
+        raise ValueError(
+            f"teacher_logits has shape {teacher.shape} but must have {shape}, the shape of {name}, "
+            "unless teacher_indices says which classes they are of"
+        )
+    if sample_weight is not None:
+        sample_weight = view(owner, first, sample_weight, "sample_weight", name)
+        sample_weight = check.row_weight(owner, sample_weight, rows, validate)
+    return_grad, return_hess = check.flag("return_grad", return_grad), check.flag("return_hess", return_hess)
+    grad_out = None if grad_out is None else view(owner, first, grad_out, "grad_out", name)
+    hess_out = None if hess_out is None else view(owner, first, hess_out, "hess_out", name)
+    check.asked((grad_out, return_grad, "grad"), (hess_out, return_hess, "hess"))
+    inputs = {"teacher_logits": teacher, "teacher_indices": indices, "sample_weight": sample_weight}
+    check.buffers(student, name, {"grad_out": grad_out, "hess_out": hess_out}, inputs)
+    # fmt: off
+    return Call(
+        op="distillation", phi=check.choice("divergence", divergence, DIVERGENCES), phi_param=0.0, logits=student,
+        axis=axis, target=teacher, weight=None, sample_weight=sample_weight, where=None, ignore_index=-100,
+        label_smoothing=0.0, temperature=check.real("temperature", temperature), softcap=None, z_loss=0.0,
+        reduction=check.choice("reduction", reduction, REDUCTIONS), return_grad=return_grad, return_hess=return_hess,
+        grad_out=grad_out, hess_out=hess_out, n_threads=check.thread_count("n_threads", n_threads), validate=validate,
+        teacher_indices=indices,
+    )
+    # fmt: on
+
+
+def finish(owner: ModuleType, call: Any, result: tuple[Array, Array | None, Array | None]) -> Any:
     """Return the loss, or the tuple of it and what was asked for, as the caller's kind of array."""
     loss, grad, hess = result
     wrap = owner.wrap

@@ -24,6 +24,7 @@ from xce._errors import LabelError
 Array: TypeAlias = Any  # an array of any library that `_dispatch` knows
 
 REDUCTIONS = ("mean", "sum", "none")
+DIVERGENCES = ("forward", "reverse", "js")
 INT64 = range(-(2**63), 2**63)
 _OVERLAP_EFFORT = 100_000  # bounds NumPy's exact search for shared memory; past it, it counts as shared
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -57,7 +58,7 @@ def typed(x: Array, name: str, *allowed: str) -> Array:
     return x if getattr(x.dtype, "isnative", True) else x.astype(x.dtype.newbyteorder("="))
 
 
-def view_target(owner: ModuleType, first: Array, logits: Array, target: Array) -> Array:
+def view_target(owner: ModuleType, first: Array, first_name: str, logits: Array, target: Array) -> Array:
     """Return the target as `owner` computes on it; one label may be an integer, for logits of shape (C,)."""
     if type(target) is not type(first) and isinstance(target, Integral) and not isinstance(target, bool):
         from array_api_compat import array_namespace
@@ -65,24 +66,26 @@ def view_target(owner: ModuleType, first: Array, logits: Array, target: Array) -
         if int(target) not in INT64:
             raise LabelError(f"target = {target} is out of range: a label must be a class, 0 or more, or ignore_index")
         return array_namespace(logits).asarray(int(target))
-    return view(owner, first, target, "target")
+    return view(owner, first, target, "target", first_name)
 
 
-def target_mode(target: Array, shape: tuple[int, ...], axis: int, rows: tuple[int, ...]) -> tuple[Array, bool]:
-    """Return the target and whether it holds class indices; its dtype decides, and its shape must agree."""
-    name, found = dtype_name(target.dtype), target.shape
-    is_index = name in INTEGERS
+def target_mode(
+    target: Array, name: str, shape: tuple[int, ...], axis: int, rows: tuple[int, ...]
+) -> tuple[Array, bool]:
+    """Return the target and whether it holds class indices; its dtype decides, its shape must be that of `name`."""
+    dtype, found = dtype_name(target.dtype), target.shape
+    is_index = dtype in INTEGERS
     expected = rows if is_index else shape
-    if (is_index or name in FLOATS) and found == expected:
-        return typed(target, "target", name), is_index
-    if not is_index and (name not in FLOATS or found == rows):
+    if (is_index or dtype in FLOATS) and found == expected:
+        return typed(target, "target", dtype), is_index
+    if not is_index and (dtype not in FLOATS or found == rows):
         raise TypeError(
             f"target has dtype {_dtype_text(target.dtype)} and shape {found}: allowed are integers of shape "
             f"{rows} (class indices) and floats of shape {shape} (probabilities)"
         )
     hint = _index_hint(found, shape, rows) if is_index else ""
     raise ValueError(
-        f"target of dtype {name} has shape {found} but must have {expected} for logits of shape {shape} "
+        f"target of dtype {dtype} has shape {found} but must have {expected} for {name} of shape {shape} "
         f"and axis={axis}{hint}"
     )
 
@@ -105,7 +108,7 @@ def class_weight(owner: ModuleType, weight: Array, n_classes: int, validate: boo
     if weight.shape != (n_classes,):
         raise ValueError(f"weight has shape {weight.shape} but must have ({n_classes},), one weight per class")
     if validate:
-        values(owner, weight, "weight", finite=True)
+        values(owner, weight, "weight", *FINITE_NOT_NEGATIVE)
     return weight
 
 
@@ -113,8 +116,55 @@ def row_weight(owner: ModuleType, weight: Array, rows: tuple[int, ...], validate
     """Return the checked sample weights, broadcast to the rows."""
     weight = typed(weight, "sample_weight", *FLOATS)
     if validate:
-        values(owner, weight, "sample_weight", finite=True)
+        values(owner, weight, "sample_weight", *FINITE_NOT_NEGATIVE)
     return broadcast(weight, "sample_weight", rows, "the rows")
+
+
+def sparse_teacher(
+    owner: ModuleType,
+    indices: Array,
+    teacher: Array,
+    shape: tuple[int, ...],
+    axis: int,
+    divergence: str,
+    validate: bool,
+) -> Array:
+    """Return the checked classes of a teacher that has logits of some classes only."""
+    indices = typed(indices, "teacher_indices", *INTEGERS)
+    if divergence == "reverse":
+        raise ValueError(
+            "divergence='reverse' needs the teacher's logits of all classes: with teacher_indices it would be infinite"
+        )
+    k = indices.shape[axis] if len(indices.shape) == len(shape) else 0
+    if k == 0 or indices.shape[:axis] + indices.shape[axis + 1 :] != shape[:axis] + shape[axis + 1 :]:
+        raise ValueError(
+            f"teacher_indices has shape {indices.shape} but must have that of student_logits, {shape}, "
+            f"with the number of the teacher's classes, at least 1, on axis {axis}"
+        )
+    if teacher.shape != indices.shape:
+        raise ValueError(f"teacher_logits has shape {teacher.shape} but teacher_indices has {indices.shape}")
+    if validate:
+        # ignoring a label that is a class ignores nothing
+        if (bad := owner.scan_labels(indices, shape[axis], 0)) >= 0:
+            place, label = _entry(indices, bad)
+            raise LabelError(
+                f"teacher_indices{place} = {int(label)} is out of range: {shape[axis]} classes are 0..{shape[axis] - 1}"
+            )
+        _refuse_repetitions(indices, axis)
+    return indices
+
+
+def _refuse_repetitions(indices: Array, axis: int) -> None:
+    from array_api_compat import array_namespace
+
+    xp = array_namespace(indices)
+    ordered = xp.sort(xp.moveaxis(indices, axis, -1), axis=-1)
+    again = ordered[..., 1:] == ordered[..., :-1]
+    if bool(xp.any(again)):
+        flat = int(xp.argmax(xp.astype(xp.reshape(again, (-1,)), xp.uint8)))
+        place, label = _entry(ordered[..., 1:], flat)
+        row = place.rpartition(",")[0] + "]" if "," in place else ""
+        raise ValueError(f"teacher_indices has class {int(label)} twice in row {row or '[]'}: classes must be distinct")
 
 
 def broadcast(x: Array, name: str, shape: tuple[int, ...], what: str) -> Array:
@@ -127,12 +177,17 @@ def broadcast(x: Array, name: str, shape: tuple[int, ...], what: str) -> Array:
     return array_namespace(x).broadcast_to(x, shape)
 
 
-def values(owner: ModuleType, x: Array, name: str, *, finite: bool) -> None:
-    """Refuse negative entries and NaN and, with `finite`, infinities."""
-    if (bad := owner.scan_values(x, finite)) >= 0:
+def values(owner: ModuleType, x: Array, name: str, low: float, high: float | None, allowed: str) -> None:
+    """Refuse NaN and entries outside low..high (None: infinite ones)."""
+    if (bad := owner.scan_values(x, low, high)) >= 0:
         place, value = _entry(widen(x), bad)
-        allowed = "finite and not negative" if finite else "not negative and not NaN"
-        raise ValueError(f"{name}{place} = {float(value):g} is not allowed: every entry must be {allowed}")
+        raise ValueError(f"{name}{place} = {float(value):g} is not allowed: {allowed}")
+
+
+NOT_NEGATIVE = (0.0, math.inf, "every entry must be not negative and not NaN")
+FINITE_NOT_NEGATIVE = (0.0, None, "every entry must be finite and not negative")
+UNIT_INTERVAL = (0.0, 1.0, "all elements of input should be between 0 and 1")
+BETWEEN_0_AND_1 = (0.0, 1.0, "every target must be between 0 and 1")
 
 
 def label_error(target: Array, flat: int, n_classes: int, ignore_index: int) -> LabelError:
@@ -253,6 +308,10 @@ _REAL_OPTIONS: dict[str, tuple[Callable[[float], bool], str]] = {
     "label_smoothing": (lambda x: 0.0 <= x <= 1.0, "in [0, 1]"),
     "temperature": (lambda x: 0.0 < x < math.inf, "finite and greater than 0"),
     "softcap": (lambda x: 0.0 < x < math.inf, "None, or finite and greater than 0"),
+    "q": (lambda x: 0.0 <= x <= 1.0, "in [0, 1]"),
+    "clip": (lambda x: 0.0 <= x < 1.0, "in [0, 1)"),
+    "alpha": (lambda x: x == -1.0 or 0.0 <= x <= 1.0, "in [0, 1], or -1 for no such factor"),
+    "log_clamp": (lambda x: x <= 0.0, "None, or not positive"),
 }
 _NONNEGATIVE = (lambda x: 0.0 <= x < math.inf, "finite and not negative")  # z_loss, and the parameters of losses
 
@@ -272,17 +331,17 @@ def real(name: str, value: Any) -> float:
 
 
 def flag(name: str, value: Any) -> bool:
-    """Return the value of a flag that is not a Python bool."""
-    if not isinstance(value, np.bool_):
+    """Return the value of a flag."""
+    if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} is a {type_name(value)}: it must be True or False")
     return bool(value)
 
 
-def reduction_name(value: Any) -> str:
-    """Return a reduction that is not plainly one of `REDUCTIONS`."""
-    text = f"it must be one of {', '.join(map(repr, REDUCTIONS))}"
+def choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
+    """Return an option that is one of a few words."""
+    text = f"it must be one of {', '.join(map(repr, allowed))}"
     if not isinstance(value, str):
-        raise TypeError(f"reduction is a {type_name(value)}: {text}")
-    if value not in REDUCTIONS:
-        raise ValueError(f"reduction={value!r} is unknown: {text}")
+        raise TypeError(f"{name} is a {type_name(value)}: {text}")
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is unknown: {text}")
     return str(value)

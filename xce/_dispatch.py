@@ -34,7 +34,7 @@ def owner_of(x: Any, name: str) -> ModuleType:
     return _owners.get(type(x)) or _find(x, name)
 
 
-def view(owner: ModuleType, first: Any, x: Any, name: str, *, first_name: str = "logits") -> Any:
+def view(owner: ModuleType, first: Any, x: Any, name: str, first_name: str) -> Any:
     """Return `x` as `owner` computes on it; it must come from the library of the call's `first` array."""
     if type(x) is not type(first) and (
         owner_of(x, name) is not owner or _library(type(x)) != _library(type(first))  # two generic libraries

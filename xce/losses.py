@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, TypeAlias
 
-from xce._call import Array, LogitStats, finish, normalise, normalise_map
+from xce import _check as check
+from xce._call import Array, LogitStats, finish, normalise, normalise_distillation, normalise_map
 from xce._dispatch import owner_of
+from xce._docs import documented_like
+from xce._elements import LABELS, SIGNS, normalise_elements
 
-__all__ = ["LogitStats", "cross_entropy", "log_softmax", "logit_stats", "logsumexp", "softmax"]
+__all__ = [
+    "LogitStats", "asymmetric_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits", "cross_entropy",
+    "distillation_loss", "focal_loss", "generalized_cross_entropy", "kl_div", "log_softmax", "logit_stats",
+    "logsumexp", "multilabel_soft_margin_loss", "nll_loss", "poly_loss", "sigmoid_focal_loss", "soft_margin_loss",
+    "softmax",
+]  # fmt: skip
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 
@@ -145,6 +154,817 @@ def cross_entropy(
         owner, "loss", "cross_entropy", 0.0, logits, axis, target, weight, sample_weight, where, ignore_index,
         label_smoothing, temperature, softcap, z_loss, reduction, return_grad, return_hess, grad_out,
         hess_out, n_threads, validate,
+    )
+    # fmt: on
+    return finish(owner, call, owner.run(call))
+
+
+@documented_like(cross_entropy)
+def focal_loss(
+    logits: Array,
+    target: Array | int,
+    *,
+    gamma: float = 2.0,
+    weight: Array | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    where: Array | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    axis: int = -1,
+    reduction: Reduction = "mean",
+    sample_weight: Array | None = None,
+    return_grad: bool = False,
+    return_hess: bool = False,
+    grad_out: Array | None = None,
+    hess_out: Array | None = None,
+    n_threads: int | None = None,
+    validate: bool = True,
+) -> Any:
+    r"""Softmax focal loss: cross-entropy that counts examples less the better they are classified.
+
+    With :math:`u = \log \mathrm{softmax}(x)`, :math:`p = e^u` and the coefficients :math:`a` of `cross_entropy`,
+
+    .. math:: \ell = -\sum_c a_c (1 - p_c)^\gamma u_c .
+
+    Parameters
+    ----------
+    gamma : float, default 2.0
+        The exponent, finite and not negative. 0 is `cross_entropy`.
+
+    Notes
+    -----
+    Hessian diagonals of this loss can be negative. Balance between classes ("alpha" of the paper) is `weight`.
+
+    References
+    ----------
+    .. [1] T.-Y. Lin et al., "Focal loss for dense object detection", ICCV 2017.
+
+    Examples
+    --------
+    >>> import numpy as np, xce
+    >>> logits = np.array([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    >>> print(f"{xce.focal_loss(logits, np.array([0, 2]), gamma=2.0):.6f}")
+    0.266987
+    """
+    owner, gamma = owner_of(logits, "logits"), check.real("gamma", gamma)
+    # fmt: off
+    call = normalise(
+        owner, "loss", "focal_loss", gamma, logits, axis, target, weight, sample_weight, where, ignore_index,
+        label_smoothing, temperature, softcap, z_loss, reduction, return_grad, return_hess, grad_out,
+        hess_out, n_threads, validate,
+    )
+    # fmt: on
+    return finish(owner, call, owner.run(call))
+
+
+@documented_like(cross_entropy)
+def poly_loss(
+    logits: Array,
+    target: Array | int,
+    *,
+    epsilon: float = 1.0,
+    weight: Array | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    where: Array | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    axis: int = -1,
+    reduction: Reduction = "mean",
+    sample_weight: Array | None = None,
+    return_grad: bool = False,
+    return_hess: bool = False,
+    grad_out: Array | None = None,
+    hess_out: Array | None = None,
+    n_threads: int | None = None,
+    validate: bool = True,
+) -> Any:
+    r"""Poly-1 loss: cross-entropy with a weight of its own on the first term of its expansion.
+
+    With :math:`u = \log \mathrm{softmax}(x)`, :math:`p = e^u` and the coefficients :math:`a` of `cross_entropy`,
+
+    .. math:: \ell = \sum_c a_c (-u_c + \epsilon (1 - p_c)) .
+
+    Parameters
+    ----------
+    epsilon : float, default 1.0
+        The weight of the first polynomial term, finite and not negative. 0 is `cross_entropy`.
+
+    References
+    ----------
+    .. [1] Z. Leng et al., "PolyLoss: a polynomial expansion perspective of classification loss functions",
+       ICLR 2022.
+
+    Examples
+    --------
+    >>> import numpy as np, xce
+    >>> logits = np.array([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    >>> print(f"{xce.poly_loss(logits, np.array([0, 2]), epsilon=1.0):.6f}")
+    1.253820
+    """
+    owner, epsilon = owner_of(logits, "logits"), check.real("epsilon", epsilon)
+    # fmt: off
+    call = normalise(
+        owner, "loss", "poly_loss", epsilon, logits, axis, target, weight, sample_weight, where, ignore_index,
+        label_smoothing, temperature, softcap, z_loss, reduction, return_grad, return_hess, grad_out,
+        hess_out, n_threads, validate,
+    )
+    # fmt: on
+    return finish(owner, call, owner.run(call))
+
+
+@documented_like(cross_entropy)
+def generalized_cross_entropy(
+    logits: Array,
+    target: Array | int,
+    *,
+    q: float = 0.7,
+    weight: Array | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    where: Array | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    axis: int = -1,
+    reduction: Reduction = "mean",
+    sample_weight: Array | None = None,
+    return_grad: bool = False,
+    return_hess: bool = False,
+    grad_out: Array | None = None,
+    hess_out: Array | None = None,
+    n_threads: int | None = None,
+    validate: bool = True,
+) -> Any:
+    r"""Generalized cross-entropy: between cross-entropy and mean absolute error, robust against wrong labels.
+
+    With :math:`u = \log \mathrm{softmax}(x)`, :math:`p = e^u` and the coefficients :math:`a` of `cross_entropy`,
+
+    .. math:: \ell = \sum_c a_c \frac{1 - p_c^q}{q} .
+
+    Parameters
+    ----------
+    q : float, default 0.7
+        The exponent, in [0, 1]. 1 is the mean absolute error, the limit 0 is `cross_entropy`.
+
+    Notes
+    -----
+    Hessian diagonals of this loss can be negative.
+
+    References
+    ----------
+    .. [1] Z. Zhang and M. R. Sabuncu, "Generalized cross entropy loss for training deep neural networks with
+       noisy labels", NeurIPS 2018.
+
+    Examples
+    --------
+    >>> import numpy as np, xce
+    >>> logits = np.array([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    >>> print(f"{xce.generalized_cross_entropy(logits, np.array([0, 2]), q=0.7):.6f}")
+    0.554266
+    """
+    owner, q = owner_of(logits, "logits"), check.real("q", q)
+    # fmt: off
+    call = normalise(
+        owner, "loss", "generalized_cross_entropy", q, logits, axis, target, weight, sample_weight, where, ignore_index,
+        label_smoothing, temperature, softcap, z_loss, reduction, return_grad, return_hess, grad_out,
+        hess_out, n_threads, validate,
+    )
+    # fmt: on
+    return finish(owner, call, owner.run(call))
+
+
+@documented_like(cross_entropy)
+def nll_loss(
+    log_probs: Array,
+    target: Array | int,
+    *,
+    weight: Array | None = None,
+    ignore_index: int = -100,
+    axis: int = -1,
+    reduction: Reduction = "mean",
+    sample_weight: Array | None = None,
+    return_grad: bool = False,
+    return_hess: bool = False,
+    grad_out: Array | None = None,
+    hess_out: Array | None = None,
+    n_threads: int | None = None,
+    validate: bool = True,
+) -> Any:
+    r"""Negative log-likelihood of class indices, given log-probabilities.
+
+    .. math:: \ell = -s\, w_y u_y
+
+    for log-probabilities :math:`u`, the label :math:`y`, class weights :math:`w` and sample weights :math:`s`.
+    `cross_entropy` of the logits is faster and more accurate than this of their `log_softmax`.
+
+    Parameters
+    ----------
+    log_probs : array of float16, bfloat16, float32 or float64, any shape with a class axis
+        Log-probabilities in nats. They are taken as they are: rows need not be normalised.
+    target : array of integers, or int
+        Class indices, of the shape of `log_probs` without `axis`.
+
+    Returns
+    -------
+    scalar or array, or tuple of it and arrays
+        The loss in nats (float32, or float64 for float64 input), or ``(loss, grad)``, ``(loss, hess)``,
+        ``(loss, grad, hess)``: the derivatives by `log_probs`, of its shape and dtype. The Hessian is 0. All
+        arrays are of the kind and on the device of `log_probs`.
+
+    References
+    ----------
+    .. [1] I. J. Good, "Rational decisions", Journal of the Royal Statistical Society B 14 (1952), 107-114.
+
+    Examples
+    --------
+    >>> import numpy as np, xce
+    >>> log_probs = np.log([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]])
+    >>> print(f"{xce.nll_loss(log_probs, np.array([0, 2])):.6f}")
+    0.458145
+    """
+    owner = owner_of(log_probs, "log_probs")
+    # fmt: off
+    call = normalise(
+        owner, "nll", "", 0.0, log_probs, axis, target, weight, sample_weight, ignore_index=ignore_index,
+        reduction=reduction, return_grad=return_grad, return_hess=return_hess, grad_out=grad_out, hess_out=hess_out,
+        n_threads=n_threads, validate=validate, name="log_probs",
+    )
+    # fmt: on
+    return finish(owner, call, owner.run(call))
+
+
+@documented_like(cross_entropy)
+def distillation_loss(
+    student_logits: Array,
+    teacher_logits: Array,
+    *,
+    teacher_indices: Array | None = None,
+    temperature: float = 1.0,
+    divergence: Literal["forward", "reverse", "js"] = "forward",
+    axis: int = -1,
+    reduction: Reduction = "mean",
+    sample_weight: Array | None = None,
+    return_grad: bool = False,
+    return_hess: bool = False,
+    grad_out: Array | None = None,
+    hess_out: Array | None = None,
+    n_threads: int | None = None,
+    validate: bool = True,
+) -> Any:
+    r"""Divergence between the softmax of a student's and of a teacher's logits, and derivatives by the student's.
+
+    With :math:`s = \mathrm{softmax}(x / T)` of the student and :math:`t = \mathrm{softmax}(y / T)` of the teacher,
+
+    .. math::
+
+        \mathrm{forward}\;\, \mathrm{KL}(t \| s) = \sum_c t_c \log \frac{t_c}{s_c}, \qquad
+        \mathrm{reverse}\;\, \mathrm{KL}(s \| t), \qquad
+        \mathrm{js}\;\, \tfrac12 \mathrm{KL}(t \| m) + \tfrac12 \mathrm{KL}(s \| m), \quad
+        m = \tfrac12 (s + t) .
+
+    Neither softmax is ever stored.
+
+    Parameters
+    ----------
+    student_logits : array of float16, bfloat16, float32 or float64, any shape with a class axis
+        Unnormalised log-probabilities in nats. 16-bit logits are computed in float32.
+    teacher_logits : array of any of these dtypes
+        The teacher's, of the shape of `student_logits`, or of `teacher_indices`. They may be -inf.
+    teacher_indices : array of integers, optional
+        The classes that `teacher_logits` are of, distinct in each row: of the shape of `student_logits`, but with
+        any number of classes, at least 1, on `axis`. The teacher's probability of all other classes is 0, so
+        that "reverse" would be infinite and is an error.
+    temperature : float, default 1.0
+        The divisor :math:`T` of both logits. The loss is not multiplied by its square, and the derivatives
+        are those by the raw logits.
+    divergence : {"forward", "reverse", "js"}, default "forward"
+        Kullback-Leibler from the teacher's side or from the student's, or Jensen-Shannon.
+    reduction : {"mean", "sum", "none"}, default "mean"
+        "none" returns the loss of every row. "mean" divides the sum, and the derivatives, by the number of rows,
+        or by the sum of their weights.
+    sample_weight : array, optional
+        Row weights, floating, finite and not negative, broadcastable to the shape of `student_logits` without
+        `axis`.
+    grad_out, hess_out : array, optional
+        Arrays of the shape and dtype of `student_logits` to write the derivatives to.
+        ``grad_out=student_logits`` overwrites the logits; any other shared memory is an error.
+    validate : bool, default True
+        False skips the checks that read the data: indices and weights.
+
+    Returns
+    -------
+    scalar or array, or tuple of it and arrays
+        The loss in nats (float32, or float64 for float64 logits), or ``(loss, grad)``, ``(loss, hess)``,
+        ``(loss, grad, hess)``. The derivatives have the shape and dtype of `student_logits`. All arrays are of
+        the kind and on the device of `student_logits`.
+
+    Notes
+    -----
+    A NaN or +inf in a row of either, or a row of -inf only, makes that row NaN and no other.
+
+    References
+    ----------
+    .. [1] G. Hinton, O. Vinyals and J. Dean, "Distilling the knowledge in a neural network", arXiv:1503.02531.
+    .. [2] R. Agarwal et al., "On-policy distillation of language models", ICLR 2024 (reverse and Jensen-Shannon).
+
+    Examples
+    --------
+    >>> import numpy as np, xce
+    >>> student, teacher = np.array([[2.0, 1.0, 0.0]]), np.array([[1.0, 1.0, 0.0]])
+    >>> print(f"{xce.distillation_loss(student, teacher):.6f}")
+    0.123292
+    >>> loss, grad = xce.distillation_loss(student, teacher, divergence="js", return_grad=True)
+    >>> print(np.round(grad, 4))
+    [[ 0.0569 -0.0416 -0.0153]]
+    """
+    owner = owner_of(student_logits, "student_logits")
+    call = normalise_distillation(
+        owner, divergence, student_logits, teacher_logits, teacher_indices, axis, temperature, reduction,
+        sample_weight, return_grad, return_hess, grad_out, hess_out, n_threads, validate,
+    )  # fmt: skip
+    return finish(owner, call, owner.run(call))
+
+
+def binary_cross_entropy_with_logits(
+    logits: Array,
+    target: Array,
+    *,
+    weight: Array | None = None,
+    pos_weight: Array | None = None,
+    label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+    sample_weight: Array | None = None,
+    return_grad: bool = False,
+    return_hess: bool = False,
+    grad_out: Array | None = None,
+    hess_out: Array | None = None,
+    n_threads: int | None = None,
+    validate: bool = True,
+) -> Any:
+    r"""Binary cross-entropy between logits and targets, element by element, with derivatives on demand.
+
+    With :math:`\sigma(x) = 1 / (1 + e^{-x})`, targets :math:`y`, smoothing :math:`\varepsilon`,
+    :math:`y' = (1 - \varepsilon) y + \varepsilon / 2` and positive weights :math:`P`,
+
+    .. math::
+
+        \ell = -P y' \log \sigma(x) - (1 - y') \log \sigma(-x), \qquad
+        \ell' = (1 - y') \sigma(x) - P y' \sigma(-x), \qquad
+        \ell'' = (P y' + 1 - y') \sigma(x) \sigma(-x) .
+
+    Parameters
+    ----------
+    logits : array of float16, bfloat16, float32 or float64, any shape
+        Log-odds in nats. 16-bit logits are computed in float32.
+    target : array of bool, integers or floats, of the shape of `logits`
+        Targets in [0, 1].
+    weight : array, optional
+        Factors of the elements, floating, finite and not negative, broadcastable to the shape of `logits`.
+        "mean" does not count them.
+    pos_weight : array, optional
+        Factors of the positive terms, likewise: of shape (C,) for logits of shape (N, C), one for each class.
+    label_smoothing : float, default 0.0
+        The share of the target, in [0, 1], that is spread evenly over both answers.
+    reduction : {"mean", "sum", "none"}, default "mean"
+        "none" returns the loss of every element. "mean" divides the sum, and the derivatives, by the number of
+        elements or, with sample weights, by the sum of those.
+    sample_weight : array, optional
+        Factors of the elements that "mean" counts, floating, finite and not negative, broadcastable to the
+        shape of `logits`.
+    return_grad, return_hess : bool, default False
+        Also return the first and the second derivative of each element's reduced loss by its logit.
+    grad_out, hess_out : array, optional
+        Arrays of the shape and dtype of the first argument to write the derivatives to. `grad_out` may be the
+        first argument itself, which it then overwrites; any other shared memory is an error.
+    n_threads : int, optional
+        Upper bound on the number of threads. The result does not depend on it.
+    validate : bool, default True
+        False skips the checks that read the data: targets and weights.
+
+    Returns
+    -------
+    scalar or array, or tuple of it and arrays
+        The loss in nats (float32, or float64 for float64 input), or ``(loss, grad)``, ``(loss, hess)``,
+        ``(loss, grad, hess)``. The derivatives have the shape and dtype of the first argument. All arrays are
+        of its kind and on its device.
+
+    Raises
+    ------
+    TypeError
+        An argument is of the wrong kind or dtype, or the arrays come from different libraries.
+    ValueError
+        An option or shape is not allowed, a target is out of range, a weight is negative or not finite, or a
+        buffer does not fit.
+
+    Notes
+    -----
+    Both terms are computed without cancellation, so that ``loss(x, 1) == loss(-x, 0)`` exactly, and an infinite
+    logit of the right sign has the loss 0. A weight of 0 removes its element whatever it holds. Without elements,
+    "mean" is NaN and "sum" is 0. An error leaves every buffer untouched.
+
+    References
+    ----------
+    .. [1] D. R. Cox, "The regression analysis of binary sequences", Journal of the Royal Statistical Society B 20
+       (1958), 215-242.
+
+    Examples
+    --------
+    >>> import numpy as np, xce
+    >>> logits, target = np.array([2.0, -1.0, 0.0]), np.array([1, 0, 1])
+    >>> loss, grad = xce.binary_cross_entropy_with_logits(logits, target, return_grad=True)
+    >>> print(f"{loss:.6f}", np.round(grad, 4))
+    0.377779 [-0.0397  0.0896 -0.1667]
+    >>> xce.binary_cross_entropy_with_logits(logits, np.array([1, 0, 2]))
+    Traceback (most recent call last):
+        ...
+    ValueError: target[2] = 2 is not allowed: every target must be between 0 and 1
+    """
+    params = (check.real("label_smoothing", label_smoothing),)
+    owner = owner_of(logits, "logits")
+    # fmt: off
+    call = normalise_elements(
+        owner, "binary_cross_entropy_with_logits", params, logits, "logits", target, LABELS,
+        target_range=check.BETWEEN_0_AND_1, weight=weight, pos_weight=pos_weight,
+        sample_weight=sample_weight, reduction=reduction, return_grad=return_grad, return_hess=return_hess,
+        grad_out=grad_out, hess_out=hess_out, n_threads=n_threads, validate=validate,
+    )
+    # fmt: on
+    return finish(owner, call, owner.run(call))
+
+
+@documented_like(binary_cross_entropy_with_logits)
+def binary_cross_entropy(
+    probs: Array,
+    target: Array,
+    *,
+    weight: Array | None = None,
+    log_clamp: float | None = -100.0,
+    reduction: Reduction = "mean",
+    sample_weight: Array | None = None,
+    return_grad: bool = False,
+    return_hess: bool = False,
+    grad_out: Array | None = None,
+    hess_out: Array | None = None,
+    n_threads: int | None = None,
+    validate: bool = True,
+) -> Any:
+    r"""Binary cross-entropy between probabilities and targets, element by element.
+
+    For probabilities :math:`p`, targets :math:`y` and the bound :math:`c` (`log_clamp`),
+
+    .. math::
+
+        \ell = -y \max(\log p, c) - (1 - y) \max(\log(1 - p), c), \qquad
+        \ell' = \frac{p - y}{\max(p (1 - p), 10^{-12})} .
+
+    `binary_cross_entropy_with_logits` of the logits is more accurate than this of their sigmoid.
+
+    Parameters
+    ----------
+    probs : array of float16, bfloat16, float32 or float64, any shape
+        Probabilities, in [0, 1].
+    target : array of bool, integers or floats, of the shape of `probs`
+        Targets in [0, 1].
+    weight : array, optional
+        Factors of the elements, floating, finite and not negative, broadcastable to the shape of `probs`.
+        "mean" does not count them.
+    log_clamp : float, optional, default -100.0
+        The least value of a logarithm; None leaves them as they are, so that a certain and wrong probability
+        has the loss +inf. The derivatives do not know of it.
+    sample_weight : array, optional
+        Factors of the elements that "mean" counts, floating, finite and not negative, broadcastable to the
+        shape of `probs`.
+    validate : bool, default True
+        False skips the checks that read the data: probabilities, targets and weights.
+
+    References
+    ----------
+    .. [1] D. R. Cox, "The regression analysis of binary sequences", Journal of the Royal Statistical Society B 20
+       (1958), 215-242.
+
+    Examples
+    --------
+    >>> import numpy as np, xce
+    >>> probs, target = np.array([0.9, 0.2, 0.5]), np.array([1, 0, 1])
+    >>> print(f"{xce.binary_cross_entropy(probs, target):.6f}")
+    0.340550
+    >>> xce.binary_cross_entropy(np.array([0.9, 1.2]), np.array([1, 0]))
+    Traceback (most recent call last):
+        ...
+    ValueError: probs[1] = 1.2 is not allowed: all elements of input should be between 0 and 1
+    """
+    params = (-math.inf if log_clamp is None else check.real("log_clamp", log_clamp),)
+    owner = owner_of(probs, "probs")
+    # fmt: off
+    call = normalise_elements(
+        owner, "binary_cross_entropy", params, probs, "probs", target, LABELS,
+        x_range=check.UNIT_INTERVAL, target_range=check.BETWEEN_0_AND_1, weight=weight,
+        sample_weight=sample_weight, reduction=reduction, return_grad=return_grad, return_hess=return_hess,
+        grad_out=grad_out, hess_out=hess_out, n_threads=n_threads, validate=validate,
+    )
+    # fmt: on
+    return finish(owner, call, owner.run(call))
+
+
+@documented_like(binary_cross_entropy_with_logits)
+def sigmoid_focal_loss(
+    logits: Array,
+    target: Array,
+    *,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    reduction: Reduction = "none",
+    sample_weight: Array | None = None,
+    return_grad: bool = False,
+    return_hess: bool = False,
+    grad_out: Array | None = None,
+    hess_out: Array | None = None,
+    n_threads: int | None = None,
+    validate: bool = True,
+) -> Any:
+    r"""Sigmoid focal loss: binary cross-entropy that counts elements less the better they are classified.
+
+    With :math:`p = \sigma(x)`, :math:`p_t = y p + (1 - y)(1 - p)` and
+    :math:`\alpha_t = y \alpha + (1 - y)(1 - \alpha)`,
+
+    .. math:: \ell = -\alpha_t (1 - p_t)^\gamma \, (y \log p + (1 - y) \log(1 - p)) .
+
+    Parameters
+    ----------
+    alpha : float, default 0.25
+        The weight of positive targets, in [0, 1], negative ones having the rest; -1 leaves both as they are.
+    gamma : float, default 2.0
+        The exponent, finite and not negative.
+    reduction : {"none", "mean", "sum"}, default "none"
+        "none" returns the loss of every element. "mean" divides the sum, and the derivatives, by the number of
+        elements or, with sample weights, by the sum of those.
+
+    Notes
+    -----
+    Second derivatives of this loss can be negative.
+
+    References
+    ----------
+    .. [1] T.-Y. Lin et al., "Focal loss for dense object detection", ICCV 2017; arguments and numbers are those of
+       torchvision's function of this name.
+
+    Examples
+    --------
+    >>> import numpy as np, xce
+    >>> print(np.round(xce.sigmoid_focal_loss(np.array([2.0, -1.0, 0.0]), np.array([1, 0, 1])), 6))
+    [0.000451 0.016994 0.043322]
+    """
+    params = check.real("alpha", alpha), check.real("gamma", gamma)
+    owner = owner_of(logits, "logits")
+    # fmt: off
+    call = normalise_elements(
+        owner, "sigmoid_focal_loss", params, logits, "logits", target, LABELS,
+        target_range=check.BETWEEN_0_AND_1,
+        sample_weight=sample_weight, reduction=reduction, return_grad=return_grad, return_hess=return_hess,
+        grad_out=grad_out, hess_out=hess_out, n_threads=n_threads, validate=validate,
+    )
+    # fmt: on
+    return finish(owner, call, owner.run(call))
+
+
+@documented_like(binary_cross_entropy_with_logits)
+def asymmetric_loss(
+    logits: Array,
+    target: Array,
+    *,
+    gamma_pos: float = 0.0,
+    gamma_neg: float = 4.0,
+    clip: float = 0.05,
+    reduction: Reduction = "mean",
+    sample_weight: Array | None = None,
+    return_grad: bool = False,
+    return_hess: bool = False,
+    grad_out: Array | None = None,
+    hess_out: Array | None = None,
+    n_threads: int | None = None,
+    validate: bool = True,
+) -> Any:
+    r"""Asymmetric loss for many labels of which few are positive.
+
+    With :math:`p = \sigma(x)` and the shifted probability :math:`p_m = \max(p - m, 0)`, :math:`m` being `clip`,
+
+    .. math:: \ell = \begin{cases}
+        -(1 - p)^{\gamma_+} \log p & \text{for the target 1} \\
+        -p_m^{\gamma_-} \log(1 - p_m) & \text{for the target 0}
+        \end{cases}
+
+    and, between them, :math:`-(1 - q)^\gamma (y \log p + (1 - y) \log(1 - p_m))` with
+    :math:`q = y p + (1 - y)(1 - p_m)` and :math:`\gamma = y \gamma_+ + (1 - y) \gamma_-`.
+
+    Parameters
+    ----------
+    gamma_pos, gamma_neg : float, default 0.0 and 4.0
+        The exponents of positive and negative targets, finite and not negative.
+    clip : float, default 0.05
+        The shift of the probability of negative targets, in [0, 1): those below it count nothing.
+
+    Notes
+    -----
+    Second derivatives of this loss can be negative. timm, whose modules take the sum, bounds the logarithms at
+    log(1e-8); here they have no bound.
+
+    References
+    ----------
+    .. [1] T. Ridnik et al., "Asymmetric loss for multi-label classification", ICCV 2021.
+
+    Examples
+    --------
+    >>> import numpy as np, xce
+    >>> loss = xce.asymmetric_loss(np.array([2.0, -1.0, 0.0]), np.array([1, 0, 1]), reduction="none")
+    >>> print(np.round(loss, 4))
+    [0.1269 0.0006 0.6931]
+    """
+    params = check.real("gamma_pos", gamma_pos), check.real("gamma_neg", gamma_neg), check.real("clip", clip)
+    owner = owner_of(logits, "logits")
+    # fmt: off
+    call = normalise_elements(
+        owner, "asymmetric_loss", params, logits, "logits", target, LABELS,
+        target_range=check.BETWEEN_0_AND_1,
+        sample_weight=sample_weight, reduction=reduction, return_grad=return_grad, return_hess=return_hess,
+        grad_out=grad_out, hess_out=hess_out, n_threads=n_threads, validate=validate,
+    )
+    # fmt: on
+    return finish(owner, call, owner.run(call))
+
+
+@documented_like(binary_cross_entropy_with_logits)
+def soft_margin_loss(
+    logits: Array,
+    target: Array,
+    *,
+    reduction: Reduction = "mean",
+    sample_weight: Array | None = None,
+    return_grad: bool = False,
+    return_hess: bool = False,
+    grad_out: Array | None = None,
+    hess_out: Array | None = None,
+    n_threads: int | None = None,
+    validate: bool = True,
+) -> Any:
+    r"""Logistic loss of targets -1 and 1.
+
+    .. math:: \ell = \log(1 + e^{-y x})
+
+    Parameters
+    ----------
+    target : array of integers or floats, of the shape of `logits`
+        Targets, -1 or 1; any other number will do, too.
+    validate : bool, default True
+        False skips the check of the weights.
+
+    References
+    ----------
+    .. [1] J. Friedman, T. Hastie and R. Tibshirani, "Additive logistic regression: a statistical view of boosting",
+       Annals of Statistics 28 (2000), 337-407.
+
+    Examples
+    --------
+    >>> import numpy as np, xce
+    >>> print(f"{xce.soft_margin_loss(np.array([2.0, -1.0, 0.0]), np.array([1, -1, 1])):.6f}")
+    0.377779
+    """
+    owner = owner_of(logits, "logits")
+    # fmt: off
+    call = normalise_elements(
+        owner, "soft_margin_loss", (), logits, "logits", target, SIGNS,
+        sample_weight=sample_weight, reduction=reduction, return_grad=return_grad, return_hess=return_hess,
+        grad_out=grad_out, hess_out=hess_out, n_threads=n_threads, validate=validate,
+    )
+    # fmt: on
+    return finish(owner, call, owner.run(call))
+
+
+@documented_like(binary_cross_entropy_with_logits)
+def multilabel_soft_margin_loss(
+    logits: Array,
+    target: Array,
+    *,
+    weight: Array | None = None,
+    axis: int = -1,
+    reduction: Reduction = "mean",
+    sample_weight: Array | None = None,
+    return_grad: bool = False,
+    return_hess: bool = False,
+    grad_out: Array | None = None,
+    hess_out: Array | None = None,
+    n_threads: int | None = None,
+    validate: bool = True,
+) -> Any:
+    r"""Binary cross-entropy of several labels a sample, averaged over the classes.
+
+    .. math:: \ell = -\frac1C \sum_c w_c \bigl(y_c \log \sigma(x_c) + (1 - y_c) \log \sigma(-x_c)\bigr)
+
+    Parameters
+    ----------
+    logits : array of float16, bfloat16, float32 or float64, any shape with a class axis
+        Log-odds in nats. 16-bit logits are computed in float32.
+    weight : array of shape (C,), optional
+        Class weights, floating, finite and not negative.
+    axis : int, default -1
+        The class axis.
+    reduction : {"mean", "sum", "none"}, default "mean"
+        "none" returns the loss of every row. "mean" divides the sum, and the derivatives, by the number of rows,
+        or by the sum of their weights.
+    sample_weight : array, optional
+        Row weights, floating, finite and not negative, broadcastable to the shape of `logits` without `axis`.
+
+    References
+    ----------
+    .. [1] D. R. Cox, "The regression analysis of binary sequences", Journal of the Royal Statistical Society B 20
+       (1958), 215-242; arguments and numbers are those of PyTorch's function of this name.
+
+    Examples
+    --------
+    >>> import numpy as np, xce
+    >>> logits, target = np.array([[2.0, -1.0, 0.0]]), np.array([[1, 0, 1]])
+    >>> print(f"{xce.multilabel_soft_margin_loss(logits, target):.6f}")
+    0.377779
+    """
+    owner = owner_of(logits, "logits")
+    # fmt: off
+    call = normalise_elements(
+        owner, "binary_cross_entropy_with_logits", (0.0,), logits, "logits", target, LABELS,
+        target_range=check.BETWEEN_0_AND_1, weight=weight, axis=axis,
+        sample_weight=sample_weight, reduction=reduction, return_grad=return_grad, return_hess=return_hess,
+        grad_out=grad_out, hess_out=hess_out, n_threads=n_threads, validate=validate,
+    )
+    # fmt: on
+    return finish(owner, call, owner.run(call))
+
+
+@documented_like(binary_cross_entropy_with_logits)
+def kl_div(
+    log_probs: Array,
+    target: Array,
+    *,
+    log_target: bool = False,
+    reduction: Literal["mean", "batchmean", "sum", "none"] = "mean",
+    sample_weight: Array | None = None,
+    return_grad: bool = False,
+    return_hess: bool = False,
+    grad_out: Array | None = None,
+    hess_out: Array | None = None,
+    n_threads: int | None = None,
+    validate: bool = True,
+) -> Any:
+    r"""Terms of the Kullback-Leibler divergence, element by element, given log-probabilities.
+
+    For log-probabilities :math:`u` and targets :math:`t`, or their logarithms :math:`v`,
+
+    .. math:: \ell = t (\log t - u) = e^v (v - u) .
+
+    `distillation_loss` of the logits is faster and more accurate than this of their `log_softmax`.
+
+    Parameters
+    ----------
+    log_probs : array of float16, bfloat16, float32 or float64, any shape
+        Log-probabilities in nats.
+    target : array of floats, of the shape of `log_probs`
+        Probabilities, not negative, or their logarithms.
+    log_target : bool, default False
+        Whether `target` holds logarithms.
+    reduction : {"mean", "batchmean", "sum", "none"}, default "mean"
+        "none" returns the term of every element. "mean" divides the sum, and the derivatives, by the number of
+        elements, "batchmean" by the length of the first axis, which makes the divergence of it; with sample
+        weights, each element's share is multiplied by its own.
+    sample_weight : array, optional
+        Factors of the elements that "mean" and "batchmean" count, floating, finite and not negative,
+        broadcastable to the shape of `log_probs`.
+
+    Notes
+    -----
+    A target of 0 has the term 0, whatever its log-probability is. The second derivative is 0.
+
+    References
+    ----------
+    .. [1] S. Kullback and R. A. Leibler, "On information and sufficiency", Annals of Mathematical Statistics 22
+       (1951), 79-86.
+
+    Examples
+    --------
+    >>> import numpy as np, xce
+    >>> log_probs, target = np.log([[0.5, 0.5], [0.9, 0.1]]), np.array([[0.5, 0.5], [0.5, 0.5]])
+    >>> print(f"{xce.kl_div(log_probs, target, reduction='batchmean'):.6f}")
+    0.255413
+    """
+    log_target = check.flag("log_target", log_target)
+    formula, target_range = ("kl_div_log_target", None) if log_target else ("kl_div", check.NOT_NEGATIVE)
+    owner = owner_of(log_probs, "log_probs")
+    # fmt: off
+    call = normalise_elements(
+        owner, formula, (), log_probs, "log_probs", target, check.FLOATS,
+        target_range=target_range, reductions=(*check.REDUCTIONS, "batchmean"),
+        sample_weight=sample_weight, reduction=reduction, return_grad=return_grad, return_hess=return_hess,
+        grad_out=grad_out, hess_out=hess_out, n_threads=n_threads, validate=validate,
     )
     # fmt: on
     return finish(owner, call, owner.run(call))

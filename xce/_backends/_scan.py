@@ -27,14 +27,11 @@ def scan_labels(target: Any, n_classes: int, ignore_index: int) -> int:
     return _first(xp, bad)
 
 
-def scan_values(values: Any, finite: bool) -> int:
-    """Return the flat C-order index of the first negative, NaN or (with `finite`) infinite entry, or -1."""
+def scan_values(values: Any, low: float, high: float | None) -> int:
+    """Return the flat C-order index of the first entry outside low..high (None: infinite), or NaN; or -1."""
     xp = array_namespace(values)
     values = widen(values)
-    bad = ~(values >= 0)
-    if finite:
-        bad = bad | (values == math.inf)
-    return _first(xp, bad)
+    return _first(xp, ~((values >= low) & (values < math.inf if high is None else values <= high)))
 
 
 def widen(x: Any) -> Any:

@@ -26,10 +26,10 @@ def run(call: Call) -> Any:
     result = _reference.run(call)
     if call.grad_out is None and call.hess_out is None:
         return result
-    buffers = (None, call.grad_out, call.hess_out) if call.op == "loss" else (call.grad_out,)
-    values = result if call.op == "loss" else (result,)
-    filled = tuple(_fill(buffer, value) for buffer, value in zip(buffers, values, strict=True))
-    return filled if call.op == "loss" else filled[0]
+    if not isinstance(result, tuple):  # a map
+        return _fill(call.grad_out, result)
+    loss, grad, hess = result
+    return loss, _fill(call.grad_out, grad), _fill(call.hess_out, hess)
 
 
 def _fill(buffer: Any, value: Any) -> Any:

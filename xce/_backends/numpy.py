@@ -56,19 +56,25 @@ def scan_labels(target: Any, n_classes: int, ignore_index: int) -> int:
     return -1
 
 
-def scan_values(values: Any, finite: bool) -> int:
-    """Return the flat C-order index of the first entry that is negative, NaN or, with `finite`, infinite; or -1."""
-    widened = _scan.widen(values)
-    if values.size == 0 or (widened.min() >= 0 and not (finite and widened.max() == np.inf)):
+def scan_values(values: Any, low: float, high: float | None) -> int:
+    """Return the flat C-order index of the first entry outside low..high (None: infinite), or NaN; or -1."""
+    if values.size == 0:
         return -1
-    return _scan.scan_values(values, finite)
+    widened = _scan.widen(values)
+    if widened.min() >= low:
+        if high == np.inf:
+            return -1
+        highest = widened.max()
+        if highest < np.inf if high is None else highest <= high:
+            return -1
+    return _scan.scan_values(values, low, high)
 
 
 def run(call: Call) -> Any:
     """Compute `call`."""
     logits = call.logits
     kernels, scalar = _KERNELS.get(logits.dtype) or _load(logits.dtype)
-    if scalar is not _FLOAT64 and not _is_plain(call) and _is_beyond_float32(call):
+    if call.op != "element" and scalar is not _FLOAT64 and not _is_plain(call) and _is_beyond_float32(call):
         return _in_float64(call)
     return _RUN[call.op](call, kernels, scalar)
 
@@ -89,7 +95,7 @@ def _loss(call: Call, kernels: ModuleType, scalar: np.dtype[Any]) -> Any:
     # fmt: off
     (
         _, phi, phi_param, logits, axis, target, weight, sample_weight, where, ignore_index, label_smoothing,
-        temperature, softcap, z_loss, reduction, return_grad, return_hess, grad, hess, n_threads, _,
+        temperature, softcap, z_loss, reduction, return_grad, return_hess, grad, hess, n_threads, *_,
     ) = call
     # fmt: on
     kind = _LABEL_KINDS.get(target.dtype, 0)
@@ -267,7 +273,16 @@ def _state(call: Call, kernels: ModuleType, scalar: np.dtype[Any]) -> tuple[Any,
     return top, rest, label_logit, linear
 
 
+def _naive(call: Any, kernels: ModuleType, scalar: np.dtype[Any]) -> Any:
+    from xce._backends import generic
+
+    return generic.run(call)
+
+
 _RUN = {
+    "nll": _naive,
+    "distillation": _naive,
+    "element": _naive,
     "loss": _loss,
     "softmax": _map,
     "log_softmax": _map,
