@@ -1,19 +1,19 @@
-"""The losses of `torch.nn.functional` and `torch.nn`, computed by xce: their names, arguments and results.
+"""The losses of `torch.nn.functional` and `torch.nn`, computed by xce: the same names, arguments and results.
 
 ``from xce.torch import CrossEntropyLoss`` is the whole migration. A call goes one of two ways:
 
-- to the kernels of xce, if `_value_dtype` has an answer: dense CPU tensors of one floating dtype, and nothing but
-  autograd that follows the computation (no compiler, no transform of `torch.func`, no mode, no subclass);
+- to the kernels of xce, if `_value_dtype` has an answer: CPU tensors of one floating dtype, and nothing but autograd
+  that follows the computation (no compiler, no transform of `torch.func`, no mode, no subclass);
 - to PyTorch itself otherwise, and when xce refuses the arguments: PyTorch may take them (negative weights, targets
-  that broadcast), or it has its own error for them. Only labels out of range are refused here, by `xce.LabelError`.
+  that broadcast), or it has its own error for them. Only a label out of range is `xce.LabelError`, which names it.
 
-The kernels give the gradient along with the value, and only if autograd is going to ask for it.
+The gradient is computed along with the value, and only if autograd is going to ask for it.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +44,7 @@ __all__ = [
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _LABELS = {torch.int64, torch.uint8}
 
-_Tensors = dict[str, Tensor | None]  # by the name of the argument, the input first
+_Tensors = dict[str, Any]  # by the name of the argument; None where none is given
 
 
 class _Loss(NamedTuple):
@@ -52,14 +52,18 @@ class _Loss(NamedTuple):
 
     ours: Callable[..., Any]
     theirs: Callable[..., Tensor]
-    class_axis: int | None = None  # of an input with more than one; None: every element has a loss
+    class_axis: int | None = None  # of an input with more than one axis; None: every element has a loss
     has_labels: bool = False  # the target may be class indices
     is_autocast: bool = True  # under autocast PyTorch computes it in float32
     by: tuple[str, ...] = ("input",)  # the arguments by which xce differentiates
 
+    def axis(self, x: Tensor) -> int | None:
+        """Return the class axis of an input."""
+        return -1 if self.class_axis and x.ndim == 1 else self.class_axis
+
 
 def _kl_div(input: Tensor, target: Tensor, *, reduction: str, log_target: bool) -> Tensor:
-    """PyTorch's, without the warning that `kl_div` has given."""
+    """PyTorch's, without the warning: `kl_div` has given it."""
     if reduction == "mean":
         return F.kl_div(input, target, reduction="none", log_target=log_target).mean()
     return F.kl_div(input, target, reduction=reduction, log_target=log_target)
@@ -67,10 +71,21 @@ def _kl_div(input: Tensor, target: Tensor, *, reduction: str, log_target: bool) 
 
 _LOSSES = {
     "cross_entropy": _Loss(xce.cross_entropy, F.cross_entropy, class_axis=1, has_labels=True),
+    "nll_loss": _Loss(xce.nll_loss, F.nll_loss, class_axis=1, has_labels=True),
+    "binary_cross_entropy": _Loss(xce.binary_cross_entropy, F.binary_cross_entropy),
+    "binary_cross_entropy_with_logits": _Loss(xce.binary_cross_entropy_with_logits, F.binary_cross_entropy_with_logits),
+    "kl_div": _Loss(xce.kl_div, _kl_div),
+    "soft_margin_loss": _Loss(xce.soft_margin_loss, F.soft_margin_loss),
+    "multilabel_soft_margin_loss": _Loss(
+        xce.multilabel_soft_margin_loss, F.multilabel_soft_margin_loss, class_axis=-1, is_autocast=False
+    ),
 }
 
 
-def _loss(
+# Who computes
+
+
+def _compute(
     name: str,
     tensors: _Tensors,
     reduction: str,
@@ -98,29 +113,30 @@ def _value_dtype(loss: _Loss, tensors: _Tensors, options: dict[str, Any]) -> tor
     """Return the dtype of the loss if the kernels of xce can take the call, or None."""
     if _is_followed():
         return None
-    given = {name: x for name, x in tensors.items() if x is not None}
-    dtypes = set()
-    for name, x in given.items():
-        if type(x) not in (Tensor, nn.Parameter) or x.device.type != "cpu":
+    target, dtypes = tensors["target"], set()
+    for name, x in tensors.items():
+        if x is None and x is not target:
+            continue
+        if type(x) not in (Tensor, nn.Parameter) or not x.is_cpu:
             return None
         if x.requires_grad and name not in loss.by and torch.is_grad_enabled():
             return None
         if x.dtype in _FLOATS:
             dtypes.add(x.dtype)
-        elif not (name == "target" and loss.has_labels and x.dtype in _LABELS):
+        elif not (x is target and loss.has_labels and x.dtype in _LABELS):
             return None
-    if loss.has_labels and given["target"].dtype in _FLOATS and options["ignore_index"] >= 0:
-        return None  # an error, for PyTorch
+    if loss.has_labels and target.dtype in _FLOATS and options["ignore_index"] >= 0:
+        return None  # for PyTorch, an error
     if loss.is_autocast and torch.is_autocast_enabled("cpu") and torch.float64 not in dtypes:
         return torch.float32
-    return dtypes.pop() if len(dtypes) == 1 else None
+    return dtypes.pop() if len(dtypes) == 1 else None  # of several, PyTorch promotes or refuses
 
 
 def _is_followed() -> bool:
     """Whether more than autograd follows the operations: a compiler, tracer, transform, mode or dual numbers."""
     return (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._is_torch_function_mode_enabled()
@@ -128,108 +144,103 @@ def _is_followed() -> bool:
     )
 
 
+def _by_xce(loss: _Loss, tensors: _Tensors, options: dict[str, Any], dtype: torch.dtype) -> Tensor:
+    """Return a loss, computed by xce."""
+    by = tuple(name for name in loss.by if tensors[name] is not None and tensors[name].requires_grad)
+    if not by or not torch.is_grad_enabled():
+        value: Tensor = _run(loss, tensors, options).to(dtype)
+        return value
+    call = _Call(loss, options, dtype, tuple(tensors), by)
+    value, *gradients = _Gradients.apply(call, *tensors.values())  # type: ignore[no-untyped-call]
+    return _Value.apply(call, value, gradients, *(tensors[name] for name in by))  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _run(loss: _Loss, tensors: _Tensors, options: dict[str, Any], *, return_grad: bool = False) -> Any:
+    """Return what the function of xce returns."""
+    tensors = {name: x if x is None else x.detach() for name, x in tensors.items()}
+    x = tensors.pop("input")  # which has another name there
+    axis = {} if loss.class_axis is None else {"axis": loss.axis(x)}
+    return loss.ours(x, **tensors, **options, **axis, return_grad=return_grad, n_threads=torch.get_num_threads())
+
+
+# Autograd, in two nodes. `_Value` keeps the gradients and nothing else: the logits may be overwritten then, as with
+# PyTorch. `_Gradients` keeps the tensors, and comes into play only if the gradients are differentiated in turn.
+
+
 class _Call(NamedTuple):
-    """What autograd has to know of a call besides its tensors."""
+    """A call without its tensors."""
 
     loss: _Loss
     options: dict[str, Any]
     dtype: torch.dtype  # of the value
     names: tuple[str, ...]  # of the tensors
-    by: tuple[str, ...]  # the names of those by which to differentiate
-
-
-def _by_xce(loss: _Loss, tensors: _Tensors, options: dict[str, Any], dtype: torch.dtype) -> Tensor:
-    """Return a loss, computed by xce."""
-    by = tuple(name for name in loss.by if (x := tensors[name]) is not None and x.requires_grad)
-    if not by or not torch.is_grad_enabled():
-        return _run(loss, tensors, options).to(dtype)
-    call = _Call(loss, options, dtype, tuple(tensors), by)
-    value, *gradients = _Gradients.apply(call, *tensors.values())
-    return _Value.apply(call, value, gradients, *(tensors[name] for name in by))
-
-
-def _run(loss: _Loss, tensors: _Tensors, options: dict[str, Any], *, return_grad: bool = False) -> Any:
-    """Return what the function of xce returns."""
-    input, *others = (x if x is None else x.detach() for x in tensors.values())
-    if loss.class_axis is not None:
-        options = options | {"axis": _class_axis(loss, input)}
-    others = dict(zip(list(tensors)[1:], others, strict=True))
-    return loss.ours(input, **others, **options, return_grad=return_grad, n_threads=torch.get_num_threads())
-
-
-def _class_axis(loss: _Loss, input: Tensor) -> int:
-    return 0 if input.ndim == 1 else loss.class_axis
-
-
-# Autograd, in two nodes. `_Value` keeps the gradients only: once they are computed, the logits may be overwritten, as with
-# PyTorch. `_Gradients` keeps the tensors, and is only entered if the gradients themselves are differentiated.
+    by: tuple[str, ...]  # the names of those to differentiate by
 
 
 class _Gradients(torch.autograd.Function):
-    """The value, a constant, and the gradients. Their derivatives are those of the loss of PyTorch."""
+    """The value, as a constant, and the gradients, whose derivatives are taken from PyTorch."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         ctx.call = call
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        named = {
-            # what a loss scale keeps from underflow in float16 must not underflow here
-            name: x.float() if name in call.by and x.dtype == torch.float16 else x
-            for name, x in zip(call.names, tensors, strict=True)
-        }
+        named: _Tensors = dict(zip(call.names, tensors, strict=True))
+        for name in call.by:
+            if named[name].dtype == torch.float16:  # or what a loss scale saves from underflow would underflow here
+                named[name] = named[name].float()
         value, gradients = _run(call.loss, named, call.options, return_grad=True)
+        ctx.mark_non_differentiable(value)
         if not isinstance(gradients, tuple):
             gradients = (gradients,)
-        ctx.mark_non_differentiable(value)
         return value, *(g for name, g in zip(call.loss.by, gradients, strict=True) if name in call.by)
 
     @staticmethod
     def backward(ctx: Any, _: None, *vectors: Tensor | None) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
-        tensors = dict(zip(call.names, ctx.saved_tensors, strict=True))
+        tensors: _Tensors = dict(zip(call.names, ctx.saved_tensors, strict=True))
         by = [tensors[name] for name in call.by]
         with torch.enable_grad():
-            wide = {
+            cast = {
                 name: x.to(call.dtype) if x is not None and x.dtype in _FLOATS else x for name, x in tensors.items()
             }
-            value = call.loss.theirs(**wide, **call.options).sum()
+            value = call.loss.theirs(**cast, **call.options).sum()
             gradients = torch.autograd.grad(value, by, create_graph=True)
         pairs = [(g, v) for g, v in zip(gradients, vectors, strict=True) if g.requires_grad and v is not None]
-        if not pairs:  # a loss that is linear in its input
-            return (None,) * (1 + len(tensors))
-        outputs, vectors = zip(*pairs, strict=True)
-        products = torch.autograd.grad(
-            outputs, by, vectors, create_graph=torch.is_grad_enabled(), allow_unused=True
-        )
+        products: Sequence[Tensor] = [torch.zeros_like(x) for x in by]
+        if pairs:  # there is none if the loss is linear
+            outputs, weights = zip(*pairs, strict=True)
+            products = torch.autograd.grad(
+                outputs, by, weights, create_graph=torch.is_grad_enabled(), materialize_grads=True
+            )
         found = dict(zip(call.by, products, strict=True))
         return None, *(found.get(name) for name in call.names)
 
 
 class _Value(torch.autograd.Function):
-    """The value, with the gradients that `_Gradients` has found: the backward pass is a product at most."""
+    """The value, given the gradients: its backward pass is a product at most."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, value: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
-        ctx.axis = None if call.loss.class_axis is None else _class_axis(call.loss, inputs[0])
+        ctx.axis = call.loss.axis(inputs[0])
         ctx.save_for_backward(*gradients)
         return value.to(call.dtype, copy=True)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, *(_product(gradient, grad_output, ctx.axis) for gradient in ctx.saved_tensors)
+    def backward(ctx: Any, vector: Tensor) -> tuple[Tensor | None, ...]:
+        if vector.ndim and ctx.axis is not None:
+            vector = vector.unsqueeze(ctx.axis)
+        return None, None, None, *(_product(vector, gradient) for gradient in ctx.saved_tensors)
 
 
-def _product(gradient: Tensor, grad_output: Tensor, axis: int | None) -> Tensor:
-    """Return ``grad_output * gradient``, in the memory of `gradient` if nobody is going to see it again."""
-    if grad_output.ndim and axis is not None:
-        grad_output = grad_output.unsqueeze(axis)
+def _product(vector: Tensor, gradient: Tensor) -> Tensor:
+    """Return ``vector * gradient``, in the memory of the gradient if nobody is going to read it again."""
     if torch.is_grad_enabled() or _is_followed() or torch._C._autograd._get_current_graph_task_keep_graph():
-        return grad_output * gradient
+        return vector * gradient
     gradient = gradient.detach()
-    if grad_output.ndim == 0 and grad_output.item() == 1:  # the root of the graph
+    if vector.ndim == 0 and vector.item() == 1:  # the loss is the root of the graph
         return gradient
-    return gradient.mul_(grad_output)
+    return gradient.mul_(vector)
 
 
 # Functions
@@ -246,7 +257,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """`torch.nn.functional.cross_entropy`, computed by `xce.cross_entropy`."""
-    return _loss(
+    return _compute(
         "cross_entropy",
         {"input": input, "target": target, "weight": weight},
         reduction,
@@ -268,7 +279,7 @@ def nll_loss(
 ) -> Tensor:
     """`torch.nn.functional.nll_loss`, computed by `xce.nll_loss`."""
     tensors = {"input": input, "target": target, "weight": weight}
-    return _loss("nll_loss", tensors, reduction, size_average, reduce, ignore_index=ignore_index)
+    return _compute("nll_loss", tensors, reduction, size_average, reduce, ignore_index=ignore_index)
 
 
 def binary_cross_entropy(
@@ -281,7 +292,7 @@ def binary_cross_entropy(
 ) -> Tensor:
     """`torch.nn.functional.binary_cross_entropy`, computed by `xce.binary_cross_entropy`."""
     tensors = {"input": input, "target": target, "weight": weight}
-    return _loss("binary_cross_entropy", tensors, reduction, size_average, reduce)
+    return _compute("binary_cross_entropy", tensors, reduction, size_average, reduce)
 
 
 def binary_cross_entropy_with_logits(
@@ -295,7 +306,7 @@ def binary_cross_entropy_with_logits(
 ) -> Tensor:
     """`torch.nn.functional.binary_cross_entropy_with_logits`, computed by `xce.binary_cross_entropy_with_logits`."""
     tensors = {"input": input, "target": target, "weight": weight, "pos_weight": pos_weight}
-    return _loss("binary_cross_entropy_with_logits", tensors, reduction, size_average, reduce)
+    return _compute("binary_cross_entropy_with_logits", tensors, reduction, size_average, reduce)
 
 
 def kl_div(
@@ -314,7 +325,7 @@ def kl_div(
             stacklevel=2,
         )
     tensors = {"input": input, "target": target}
-    return _loss("kl_div", tensors, reduction, size_average, reduce, log_target=log_target)
+    return _compute("kl_div", tensors, reduction, size_average, reduce, log_target=log_target)
 
 
 def soft_margin_loss(
@@ -325,7 +336,7 @@ def soft_margin_loss(
     reduction: str = "mean",
 ) -> Tensor:
     """`torch.nn.functional.soft_margin_loss`, computed by `xce.soft_margin_loss`."""
-    return _loss("soft_margin_loss", {"input": input, "target": target}, reduction, size_average, reduce)
+    return _compute("soft_margin_loss", {"input": input, "target": target}, reduction, size_average, reduce)
 
 
 def multilabel_soft_margin_loss(
@@ -338,7 +349,7 @@ def multilabel_soft_margin_loss(
 ) -> Tensor:
     """`torch.nn.functional.multilabel_soft_margin_loss`, computed by `xce.multilabel_soft_margin_loss`."""
     tensors = {"input": input, "target": target, "weight": weight}
-    return _loss("multilabel_soft_margin_loss", tensors, reduction, size_average, reduce)
+    return _compute("multilabel_soft_margin_loss", tensors, reduction, size_average, reduce)
 
 
 # Modules
