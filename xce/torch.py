@@ -62,6 +62,13 @@ class _Loss(NamedTuple):
         return -1 if self.class_axis and x.ndim == 1 else self.class_axis
 
 
+def _cross_entropy(logits: Tensor, *, target: Tensor, ignore_index: int, **options: Any) -> Any:
+    """Refuse what PyTorch refuses, and xce does not."""
+    if target.dtype in _FLOATS and ignore_index >= 0:
+        raise ValueError("probabilities with a class to ignore")
+    return xce.cross_entropy(logits, target, ignore_index=ignore_index, **options)
+
+
 def _kl_div(input: Tensor, target: Tensor, *, reduction: str, log_target: bool) -> Tensor:
     """PyTorch's, without the warning: `kl_div` has given it."""
     if reduction == "mean":
@@ -70,7 +77,7 @@ def _kl_div(input: Tensor, target: Tensor, *, reduction: str, log_target: bool) 
 
 
 _LOSSES = {
-    "cross_entropy": _Loss(xce.cross_entropy, F.cross_entropy, class_axis=1, has_labels=True),
+    "cross_entropy": _Loss(_cross_entropy, F.cross_entropy, class_axis=1, has_labels=True),
     "nll_loss": _Loss(xce.nll_loss, F.nll_loss, class_axis=1, has_labels=True),
     "binary_cross_entropy": _Loss(xce.binary_cross_entropy, F.binary_cross_entropy),
     "binary_cross_entropy_with_logits": _Loss(xce.binary_cross_entropy_with_logits, F.binary_cross_entropy_with_logits),
@@ -98,7 +105,7 @@ def _compute(
     if size_average is not None or reduce is not None:
         reduction = legacy_get_string(size_average, reduce)
     options["reduction"] = reduction
-    dtype = _value_dtype(loss, tensors, options)
+    dtype = _value_dtype(loss, tensors)
     if dtype is not None:
         try:
             return _by_xce(loss, tensors, options, dtype)
@@ -109,7 +116,7 @@ def _compute(
     return loss.theirs(**tensors, **options)
 
 
-def _value_dtype(loss: _Loss, tensors: _Tensors, options: dict[str, Any]) -> torch.dtype | None:
+def _value_dtype(loss: _Loss, tensors: _Tensors) -> torch.dtype | None:
     """Return the dtype of the loss if the kernels of xce can take the call, or None."""
     if _is_followed():
         return None
@@ -125,8 +132,6 @@ def _value_dtype(loss: _Loss, tensors: _Tensors, options: dict[str, Any]) -> tor
             dtypes.add(x.dtype)
         elif not (x is target and loss.has_labels and x.dtype in _LABELS):
             return None
-    if loss.has_labels and target.dtype in _FLOATS and options["ignore_index"] >= 0:
-        return None  # for PyTorch, an error
     if loss.is_autocast and torch.is_autocast_enabled("cpu") and torch.float64 not in dtypes:
         return torch.float32
     return dtypes.pop() if len(dtypes) == 1 else None  # of several, PyTorch promotes or refuses
@@ -186,9 +191,10 @@ class _Gradients(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         named: _Tensors = dict(zip(call.names, tensors, strict=True))
-        for name in call.by:
-            if named[name].dtype == torch.float16:  # or what a loss scale saves from underflow would underflow here
-                named[name] = named[name].float()
+        for name in call.loss.by:
+            x = named[name]
+            if x is not None and x.dtype == torch.float16:  # where small gradients underflow before any loss scale
+                named[name] = x.float()
         value, gradients = _run(call.loss, named, call.options, return_grad=True)
         ctx.mark_non_differentiable(value)
         if not isinstance(gradients, tuple):
@@ -418,3 +424,100 @@ class MultiLabelSoftMarginLoss(nn.MultiLabelSoftMarginLoss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Return the loss."""
         return multilabel_soft_margin_loss(input, target, self.weight, reduction=self.reduction)
+
+
+# The linear layer and its loss in one, which is new in PyTorch
+
+
+if hasattr(F, "linear_cross_entropy"):
+    __all__ += ["LinearCrossEntropyLoss", "linear_cross_entropy"]
+
+    def _linear_cross_entropy(
+        inputs: Tensor,
+        linear_weight: Tensor,
+        target: Tensor,
+        *,
+        linear_bias: Tensor | None,
+        reduction: str,
+        ignore_index: int | None,
+        return_grad: bool,
+        **options: Any,
+    ) -> Any:
+        """Refuse what PyTorch refuses, and xce does not; and gradients of parameters by row."""
+        if inputs.ndim > 2 or (target.dtype in _FLOATS and ignore_index is not None):
+            raise ValueError("more axes, or probabilities with a class to ignore")
+        if return_grad and reduction == "none":
+            raise ValueError("a loss for each row, of parameters that all rows share")
+        if return_grad and inputs.dtype == torch.bfloat16:  # sums over chunks of rows are rounded once
+            sums = (None if x is None else torch.empty(x.shape) for x in (linear_weight, linear_bias))
+            options["grad_out"] = (None, *sums)
+        if ignore_index is not None:
+            options["ignore_index"] = ignore_index
+        return xce.linear_cross_entropy(
+            inputs,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            reduction=reduction,
+            return_grad=return_grad,
+            **options,
+        )
+
+    _LOSSES["linear_cross_entropy"] = _Loss(
+        _linear_cross_entropy,
+        F.linear_cross_entropy,
+        has_labels=True,
+        by=("input", "linear_weight", "linear_bias"),
+    )
+
+    def linear_cross_entropy(
+        input: Tensor,
+        linear_weight: Tensor,
+        target: Tensor,
+        *,
+        linear_bias: Tensor | None = None,
+        weight: Tensor | None = None,
+        reduction: str = "mean",
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: nn.LinearCrossEntropyOptions | None = None,
+    ) -> Tensor:
+        """`torch.nn.functional.linear_cross_entropy`, computed by `xce.linear_cross_entropy`.
+
+        `options`, which are about the chunks of PyTorch's own algorithm, are a reason to use that.
+        """
+        tensors = {
+            "input": input,
+            "linear_weight": linear_weight,
+            "target": target,
+            "linear_bias": linear_bias,
+            "weight": weight,
+        }
+        others: dict[str, Any] = {
+            "reduction": reduction,
+            "ignore_index": ignore_index,
+            "label_smoothing": label_smoothing,
+        }
+        if options is not None:
+            theirs: Callable[..., Tensor] = F.linear_cross_entropy
+            return theirs(**tensors, **others, options=options)
+        return _compute("linear_cross_entropy", tensors, **others)
+
+    class LinearCrossEntropyLoss(nn.LinearCrossEntropyLoss):
+        """`torch.nn.LinearCrossEntropyLoss`, computed by `xce.linear_cross_entropy`."""
+
+        def forward(self, input: Tensor, target: Tensor) -> Tensor:
+            """Return the loss."""
+            shape = self.num_classes, *self.out_features
+            bias = self.linear.bias
+            return linear_cross_entropy(
+                input,
+                self.linear.weight.reshape(*shape, self.linear.in_features),
+                target,
+                linear_bias=None if bias is None else bias.reshape(shape),
+                weight=self.weight,
+                reduction=self.reduction,
+                ignore_index=self.ignore_index,
+                label_smoothing=self.label_smoothing,
+                options=self.options,
+            )
