@@ -144,8 +144,9 @@ def test_functions_agree_on_the_table_of_pytorch(name: str, dtype: Any, by_xce: 
         by_xce.clear()
         tamed, is_ours = tame(name, sample)
         check(ours, theirs, tamed, is_exact=is_ours)
-        check(ours, theirs, tamed.map(noncontiguous), is_exact=is_ours)
-        assert len(by_xce) == 2 * is_ours
+        assert len(by_xce) == is_ours
+        if dtype == torch.float32:
+            check(ours, theirs, tamed.map(noncontiguous), is_exact=is_ours)
         n_samples += 1
     assert n_samples > 3
 
