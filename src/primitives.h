@@ -6,7 +6,7 @@
  *     real      LANES scalars that one instruction works on; arithmetic operators apply
  *     rmask     the answer of a comparison of two reals, for r_select
  *
- * exp, log1p, expm1 and tanh are built from +, *, fma and bit operations only, so every processor with fma gives the same
+ * exp, log, pow, expm1 and tanh are built from +, *, fma and bit operations only, so every processor with fma gives the same
  * bits (compile with -ffp-contract=off). x86-64-v2 has no fma: it multiplies and adds, and has bits of its own.
  * The polynomials come from coefficients.py.
  */
@@ -494,6 +494,8 @@ XCE_FN void turn_out(const real *vectors, ptrdiff_t n, char *rows, ptrdiff_t str
 #define XCE_MAGIC 0x1.8p52 /* adding it rounds to an integer, which the low bits then hold */
 #define XCE_BIAS 1023
 #define XCE_MANTISSA 52
+#define XCE_SMALLEST 0x1p-1022
+#define XCE_TWO_TO_MANTISSA 0x1p52
 #define XCE_SHIFT_FROM 2048.0
 #define XCE_EXP_DEGREE 9
 static const scalar EXP_TAIL[] = {
@@ -511,6 +513,8 @@ static const scalar LOG_TAIL[] = {
 #define XCE_MAGIC 0x1.8p23f
 #define XCE_BIAS 127
 #define XCE_MANTISSA 23
+#define XCE_SMALLEST 0x1p-126f
+#define XCE_TWO_TO_MANTISSA 0x1p23f
 #define XCE_SHIFT_FROM 256.0f
 #define XCE_EXP_DEGREE 4
 static const scalar EXP_TAIL[] = {
@@ -570,37 +574,107 @@ XCE_FN real r_exp_relative(real x, exp_reference ref)
     return r_exp_relative_tail(x, ref, &unused);
 }
 
-XCE_FN real r_exp(real x) /* for x <= 80 (700 in float64): larger arguments do not occur in a log-probability's formulas */
+/* exp(x) 2^-n for integers n: results below the smallest normal number are 0, x must be below (n + 127) ln 2 (1023) */
+XCE_FN real r_exp_scaled(real x, real n, real *low)
 {
-    exp_reference zero = {r_set(0), r_set(-XCE_BIAS * (scalar)0.69314718055994530942), r_set(XCE_MAGIC + XCE_BIAS)};
-    return r_exp_relative(x, zero);
+    exp_reference ref = {r_set(0), (n - r_set(XCE_BIAS)) * r_set((scalar)0.69314718055994530942),
+                         r_set(XCE_MAGIC + XCE_BIAS) - n};
+    return r_exp_relative_tail(x, ref, low);
 }
 
-XCE_FN real r_expm1(real x) /* x <= 80, as above */
+XCE_FN real r_exp(real x) /* for x <= 80 (700 in float64), as logarithms of probabilities are */
 {
-    real y = r_max(r_set(-40), x);
-    real t = r_fma(y, r_set(XCE_LOG2E), r_set(XCE_MAGIC + XCE_BIAS));
+    real unused;
+    return r_exp_scaled(x, r_set(0), &unused);
+}
+
+XCE_FN real r_exp_any(real x) /* to the largest x, and infinity beyond */
+{
+    real unused, beyond = r_set((XCE_BIAS + (scalar)1.25) * (scalar)0.69314718055994530942);
+    return r_set(2) * r_exp_scaled(r_select(r_gt(x, beyond), beyond, x), r_set(1), &unused);
+}
+
+/* exp(x) - 1 for -40 <= x <= 80 (700), and what it is without its linear term: exp(x) - 1 - x */
+XCE_FN real r_expm1_parts(real x, real *without_linear)
+{
+    real t = r_fma(x, r_set(XCE_LOG2E), r_set(XCE_MAGIC + XCE_BIAS));
     real n = t - r_set(XCE_MAGIC + XCE_BIAS);
-    real r = r_fma(n, r_set(-XCE_LN2_LOW), r_fma(n, r_set(-XCE_LN2_HIGH), y));
-    real small = r_fma(r_horner(EXP_TAIL, XCE_EXP_DEGREE, r), r * r, r);
+    real r = r_fma(n, r_set(-XCE_LN2_LOW), r_fma(n, r_set(-XCE_LN2_HIGH), x));
+    real square = r_horner(EXP_TAIL, XCE_EXP_DEGREE, r) * (r * r); /* exp(r) - 1 - r */
     real power = r_from_bits(r_bits(t) << XCE_MANTISSA);
-    return r_fma(power, small, power - r_set(1));
+    *without_linear = r_fma(power, square, r_fma(power, r, power - r_set(1)) - x);
+    return r_fma(power, square + r, power - r_set(1));
 }
 
-XCE_FN real r_log1p(real x, real low) /* log(1 + x + low), x >= 0 or NaN, low below the last place of x; +inf stays */
+XCE_FN real r_expm1(real x)
 {
-    /* 1 + x = z + c exactly; z = 2^k m with m in [sqrt(1/2), sqrt(2)), and the rounding c goes into f = m - 1 */
-    real one = r_set(1), z = one + x;
-    real c = r_select(r_gt(x, one), one - (z - x), x - (z - one)) + low;
-    ints bits = r_bits(z) + (r_bits(one) - r_bits(r_set((scalar)0.70710678118654752440)));
+    real unused;
+    return r_expm1_parts(r_max(r_set(-40), x), &unused);
+}
+
+/* log(z + c) for a normal number z > 0 that is z + c rounded: k ln 2 + m, |m| <= ln(2) / 2 */
+typedef struct {
+    real k, m, f, correction; /* m = f - correction */
+} log_parts;
+
+XCE_FN log_parts r_log_split(real z, real c)
+{
+    /* z = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); c goes into f */
+    real one = r_set(1), root = r_set((scalar)0.70710678118654752440);
+    ints bits = r_bits(z) + (r_bits(one) - r_bits(root));
     ints k = (bits >> XCE_MANTISSA) - XCE_BIAS;
-    ints mantissa = (bits & (((sint)1 << XCE_MANTISSA) - 1)) + r_bits(r_set((scalar)0.70710678118654752440));
-    real kf = __builtin_convertvector(k, real);
-    real f = (r_from_bits(mantissa) - one) + c * r_from_bits((XCE_BIAS - k) << XCE_MANTISSA);
-    real s = f / (r_set(2) + f), half_square = r_set((scalar)0.5) * f * f, s2 = s * s;
-    real series = s * r_fma(s2, r_horner(LOG_TAIL, XCE_LOG_DEGREE, s2), half_square);
-    real y = kf * r_set(XCE_LN2_HIGH) - ((half_square - r_fma(kf, r_set(XCE_LN2_LOW), series)) - f);
+    ints mantissa = (bits & (((sint)1 << XCE_MANTISSA) - 1)) + r_bits(root);
+    log_parts parts;
+    parts.k = __builtin_convertvector(k, real);
+    parts.f = (r_from_bits(mantissa) - one) + c * r_from_bits((XCE_BIAS - k) << XCE_MANTISSA);
+    real f = parts.f, s = f / (r_set(2) + f), half_square = r_set((scalar)0.5) * f * f, s2 = s * s;
+    parts.correction = half_square - s * r_fma(s2, r_horner(LOG_TAIL, XCE_LOG_DEGREE, s2), half_square);
+    return parts;
+}
+
+XCE_FN real r_log_join(log_parts a)
+{
+    return r_fma(a.k, r_set(XCE_LN2_HIGH), a.f - (a.correction - a.k * r_set(XCE_LN2_LOW)));
+}
+
+/* log(1 + x + low), x >= -1 or NaN, low below the last place of x; -inf at -1, +inf stays */
+XCE_FN real r_log1p(real x, real low)
+{
+    real one = r_set(1), z = one + x; /* 1 + x = z + c exactly */
+    real c = r_select(r_gt(x, one), one - (z - x), x - (z - one)) + low;
+    real y = r_log_join(r_log_split(z, c));
+    y = r_select(r_eq(z, r_set(0)), r_set(-XCE_INF), y);
     return r_select(r_gt(r_set(XCE_INF), x), y, x); /* infinity and NaN as they are */
+}
+
+/* the logarithm of x >= 0, subnormal numbers included; k is exact */
+XCE_FN log_parts r_log_of(real x)
+{
+    rmask small = r_gt(r_set(XCE_SMALLEST), x);
+    log_parts parts = r_log_split(r_select(small, x * r_set(XCE_TWO_TO_MANTISSA), x), r_set(0));
+    parts.k = parts.k - r_select(small, r_set(XCE_MANTISSA), r_set(0));
+    return parts;
+}
+
+XCE_FN real r_log(real x) /* -inf at 0, NaN below */
+{
+    real y = r_select(r_eq(x, r_set(0)), r_set(-XCE_INF), r_log_join(r_log_of(x)));
+    y = r_select(r_gt(r_set(0), x), r_set(XCE_NAN), y);
+    return r_select(r_gt(r_set(XCE_INF), x), y, x);
+}
+
+/* x^g for 0 <= x <= 1 (or a little more) and g >= 0; 0^0 = 1. The exponent's integer part is split off exactly, so that the
+ * error stays near 1 + g / 3 ulp whatever x is. */
+XCE_FN real r_pow(real x, real g)
+{
+    log_parts log_x = r_log_of(x);
+    real power = r_max(r_set(-4 * XCE_BIAS), g * log_x.k), n = (power + r_set(XCE_MAGIC)) - r_set(XCE_MAGIC);
+    real fraction = (power - n) + r_remainder(-power, -g, log_x.k); /* g k = n + fraction */
+    fraction = r_select(r_gt(power, r_set(-4 * XCE_BIAS)), fraction, r_set(0));
+    real unused, m = log_x.f - log_x.correction;
+    real y = r_exp_scaled(r_fma(fraction, r_set((scalar)0.69314718055994530942), g * m), -n, &unused);
+    y = r_select(r_eq(g, r_set(0)), r_set(1), r_select(r_eq(x, r_set(0)), r_set(0), y));
+    return r_select(r_is_nan(x), x, y);
 }
 
 XCE_FN real r_sech2(real x) /* 1 / cosh(x)^2 without the cancellation of 1 - tanh(x)^2 */

@@ -389,7 +389,7 @@ def nll_loss(
     owner = owner_of(log_probs, "log_probs")
     # fmt: off
     call = normalise(
-        owner, "nll", "", 0.0, log_probs, axis, target, weight, sample_weight, ignore_index=ignore_index,
+        owner, "nll", "cross_entropy", 0.0, log_probs, axis, target, weight, sample_weight, ignore_index=ignore_index,
         reduction=reduction, return_grad=return_grad, return_hess=return_hess, grad_out=grad_out, hess_out=hess_out,
         n_threads=n_threads, validate=validate, name="log_probs",
     )

@@ -39,11 +39,35 @@ cdef real transformed(const Job *job, const View *v, Py_ssize_t c, int n, real x
 
 cdef inline real logits(const Job *job, const View *v, Py_ssize_t c, int n, bint wide, int level) noexcept nogil:
     """Logits from class c on; -inf past the end of a row."""
+    cdef real x
     if not wide and v.kept_logits != NULL:
         return v.kept_logits[c]
     if level == FULL:
         return transformed(job, v, c, n, raw_logits(v, c, n, wide))
-    return fetch(v.at[X] + place_of(v, X, c, wide, level), v.lane[X], n, -INF if wide else 0, wide)
+    x = fetch(v.at[X] + place_of(v, X, c, wide, level), v.lane[X], n, -INF if wide else 0, wide)
+    return transform_logit(job.transform, x) if level == MIXED and job.transforms else x
+
+
+cdef inline real teacher_logits(const Job *job, const View *v, Py_ssize_t c, int n, bint wide, int level) noexcept nogil:
+    """The teacher's, transformed likewise."""
+    cdef real y
+    if not wide and v.kept_teacher != NULL:
+        return v.kept_teacher[c]
+    y = fetch(
+        v.at[Q] + place_of(v, Q, c, wide, level), v.lane[Q], n, -INF if wide else 0, wide and level != FULL
+    )
+    return transform_logit(job.transform, y) if job.transforms else y
+
+
+cdef inline log_prob entries(const View *v, real x, real p) noexcept nogil:
+    cdef log_prob at
+    at.u, at.p, at.not_p = (x - v.max) - v.log_z, p, r_set(1) - p
+    at.v, at.t = r_set(0), r_set(0)
+    return at
+
+
+cdef inline void add_teacher(const View *v, real y, log_prob *at) noexcept nogil:
+    at.v, at.t = (y - v.teacher_max) - v.teacher_log_z, r_exp_relative(y, v.teacher_ref) * v.teacher_inverse
 
 
 cdef inline real coefficients(const Job *job, const View *v, Py_ssize_t c, int n, bint wide, int level) noexcept nogil:
@@ -91,11 +115,15 @@ cdef inline void terms(
     cdef log_prob at
     cdef jet phi
     if kind == SUM_PHI:
-        at.u, at.p = (x - v.max) - v.log_z, e * v.inverse
-        at.not_p = r_set(1) - at.p
-        phi = loss_phi(job.phi, at, r_set(job.parameter))
-        d = coefficients(job, v, c, n, wide, level)
-        out[0], out[1], out[2] = weighted(d, phi.value), weighted(d, phi.d1), weighted(d, phi.d2)
+        at = entries(v, x, e * v.inverse)
+        if job.teacher != NULL:
+            add_teacher(v, teacher_logits(job, v, c, n, wide, level), &at)
+            phi = loss_phi(job.phi, at, job.parameter)
+            out[0], out[1], out[2] = phi.value, phi.d1, phi.d2
+        else:
+            phi = loss_phi(job.phi, at, job.parameter)
+            d = coefficients(job, v, c, n, wide, level)
+            out[0], out[1], out[2] = weighted(d, phi.value), weighted(d, phi.d1), weighted(d, phi.d2)
     else:
         if keep == IN_GRAD:
             put(v.at[GRAD] + place_of(v, GRAD, c, wide, level), v.lane[GRAD], e, n, True)
@@ -114,6 +142,23 @@ cdef inline void terms(
             out[1], out[2] = without_top(v, out[1], c, wide), without_top(v, out[2], c, wide)
 
 
+cdef inline jet sparse_entries(const Job *job, const View *v, Py_ssize_t c, int n, bint wide, log_prob *at) noexcept nogil:
+    """The divergence at places c on of a sparse teacher's classes."""
+    cdef real x = v.picked[c // LANES if wide else c]
+    at[0] = entries(v, x, r_exp_relative(x, v.ref) * v.inverse)
+    add_teacher(v, teacher_logits(job, v, c, n, wide, FULL), at)
+    return loss_phi(job.phi, at[0], job.parameter)
+
+
+cdef void terms_sparse(const Job *job, const View *v, Py_ssize_t c, int n, bint wide, real *out) noexcept nogil:
+    cdef log_prob at
+    cdef jet phi = sparse_entries(job, v, c, n, wide, &at)
+    cdef real outside = at.p * r_set(share_outside(job.phi))
+    out[0] = without_top(v, phi.value - outside, c, wide)
+    out[1] = without_top(v, phi.d1 - outside, c, wide)
+    out[2] = without_top(v, phi.d2 - outside, c, wide)
+
+
 cdef void terms_full(
     const Job *job, const View *v, Py_ssize_t c, int n, bint wide, int kind, int keep, real *out
 ) noexcept nogil:
@@ -124,8 +169,8 @@ cdef inline void write(
     const Job *job, const View *v, Py_ssize_t c, int n, bint wide, int level, int keep
 ) noexcept nogil:
     """The outputs of the entries, from what row_finish found for their rows."""
-    cdef bint dense = level == DENSE or (level == FULL and job.dense)
-    cdef real x, e, d, p, g, h
+    cdef bint dense = level == DENSE or (level >= MIXED and job.dense)
+    cdef real x = r_set(0), e, d, p, g, h
     cdef log_prob at
     cdef jet phi
     if job.what == LOG_SOFTMAX:
@@ -143,14 +188,22 @@ cdef inline void write(
     p = e * v.inverse
     h = p * r_fma(p, v.out_hess2, v.out_hess1)
     if dense:
-        d = coefficients(job, v, c, n, wide, level)
-        if level == FULL and not job.linear:
-            at.u, at.p, at.not_p = (x - v.max) - v.log_z, p, r_set(1) - p
-            phi = loss_phi(job.phi, at, r_set(job.parameter))
-            g = g + v.factor * weighted(d, phi.d1)
-            h = h + v.factor * (weighted(d, phi.d2) * (at.not_p - p))
+        if level >= MIXED and not job.linear:
+            at = entries(v, x, p)
+            if job.teacher != NULL:
+                add_teacher(v, teacher_logits(job, v, c, n, wide, level), &at)
+                phi = loss_phi(job.phi, at, job.parameter)
+            else:
+                phi = loss_phi(job.phi, at, job.parameter)
+                d = coefficients(job, v, c, n, wide, level)
+                phi.d1, phi.d2 = weighted(d, phi.d1), weighted(d, phi.d2)
+            g = g + v.factor * phi.d1
+            h = h + v.factor * (phi.d2 * (at.not_p - p))
         else:
+            d = coefficients(job, v, c, n, wide, level)
             g = r_fma(d, r_set(0) - v.factor, g)
+    if level == MIXED and job.transforms and job.what == LOSS:
+        transform_derivatives(job.transform, r_set(0), &g, &h)
     if level == FULL:
         if job.transforms and job.what == LOSS:
             transform_derivatives(

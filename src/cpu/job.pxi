@@ -12,6 +12,7 @@ cdef enum:
     LOGSUMEXP = 3
     STATS = 4
     STATE = 5
+    NLL = 6                # the logits are log-probabilities already
 
     # What is true of a row
     ACTIVE = 0
@@ -22,7 +23,8 @@ cdef enum:
     SUM_EXP = 0
     SUM_LINEAR = 1         # exp; d (max - x); d
     SUM_STATS = 2          # exp; exp (max - x); logits above the label's
-    SUM_PHI = 3            # d phi; d phi'; d phi''
+    SUM_PHI = 3            # d phi; d phi'; d phi'' (of a divergence: d = 1)
+    SUM_SPARSE = 4         # the same over the classes of a sparse teacher, less what classes outside it have
 
     # Where exp waits for step 3
     FORGET = 0
@@ -32,7 +34,8 @@ cdef enum:
     # How much of the generality is compiled in; all levels give the same bits where they apply
     SPARSE = 0             # a label and nothing else: dense coefficients are all 0
     DENSE = 1              # probabilities or smoothing, phi linear
-    FULL = 2               # everything, decided while running: where, softcap, temperature, other phi, any strides
+    MIXED = 2              # temperature, any phi, a teacher, all decided while running
+    FULL = 3               # also where, softcap, any strides
 
 # Tuning, measured on two cores of an AMD EPYC (Zen 4); ARCHITECTURE.md tells how:
 cdef enum:
@@ -47,7 +50,7 @@ cdef enum:
 
 cdef enum:
     X, Q, WHERE, GRAD, HESS, ENTRY_OPERANDS
-    LABEL = ENTRY_OPERANDS, SAMPLE, VALUE, LABEL_LOGIT, TOP, RANK, SPREAD, LINEAR, OPERANDS
+    LABEL = ENTRY_OPERANDS, INDICES, SAMPLE, VALUE, LABEL_LOGIT, TOP, RANK, SPREAD, LINEAR, OPERANDS
 
 cdef struct Operand:
     char *data
@@ -73,6 +76,9 @@ cdef struct Job:
     scalar z_loss
     scalar scale                       # of derivatives: 1 / denominator of the mean
     logit_transform transform
+    const Job *teacher                 # the teacher's logits as a job of their own, or NULL
+    bint sparse_teacher                # it has logits of the classes INDICES only
+    int index_kind                     # as label_kind
     bint q_is_scalar, transforms, linear, dense, want_grad, want_hess, writes, wide, streams
     int level, tile_rows
     Py_ssize_t unit_rows
@@ -91,7 +97,10 @@ cdef struct Tile:
     scalar sample[LANES]
     scalar share[LANES]
     scalar phi_sums[TERMS][LANES]
-    row_state state
+    scalar teacher_max[LANES]
+    scalar teacher_rest[LANES]
+    scalar top_place[LANES]            # among the classes of a sparse teacher, or -1
+    row_state state, teacher
     row_result result
 
 # Entries in the lanes: of one row (wide) or of one class (many).
@@ -103,9 +112,13 @@ cdef struct View:
     const real *kept_logits            # what is kept between the readings, or NULL;
     real *kept_exp                     # both may be the same memory
     real *turned_grad                  # where the gradient waits to be turned into rows, or NULL
+    const real *kept_teacher           # its logits, or NULL
+    const real *picked                 # logits of the classes of a sparse teacher
     Py_ssize_t top                     # wide
     real tops                          # many
     real max, share, label_logit
     exp_reference ref
     real log_z, inverse, b, d, factor, out_exp, out_hess1, out_hess2
+    exp_reference teacher_ref
+    real teacher_max, teacher_log_z, teacher_inverse
     rmask active

@@ -40,6 +40,7 @@ cdef extern from "formulas.h" nogil:
         CORNER "XCE_CORNER"
         PHI_COUNT "XCE_PHI_COUNT"
         PHI_CROSS_ENTROPY "PHI_cross_entropy"
+        FIRST_DIVERGENCE "DIVERGENCE_forward"
     const scalar INF "XCE_INF"
     const scalar NAN "XCE_NAN"
     const char *const *PHI_NAMES "XCE_PHI_NAMES"
@@ -49,7 +50,7 @@ cdef extern from "formulas.h" nogil:
     ctypedef struct exp_reference:
         pass
     ctypedef struct log_prob:
-        real u, p, not_p
+        real u, p, not_p, v, t
     ctypedef struct jet:
         real value, d1, d2
     ctypedef struct logit_transform:
@@ -58,7 +59,7 @@ cdef extern from "formulas.h" nogil:
         exp_reference ref
         real max, top, rest, inverse, log_z
     ctypedef struct row_target:
-        real factor, weight, index, label_logit, d_top, d_label, sum, sum1, sum2, z_loss
+        real factor, weight, index, label_logit, d_top, d_label, sum, sum1, sum2, z_loss, v_top, t_top
         rmask label_is_top
     ctypedef struct row_result:
         real value, b, d, grad_top, hess_top, grad_label, hess_label
@@ -102,8 +103,9 @@ cdef extern from "formulas.h" nogil:
     real r_add8(const real *a)
     row_state row_close(real max, real rest)
     real row_lse(row_state s)
-    row_result row_finish(row_state s, row_target t, int phi, real parameter)
-    jet loss_phi(int phi, log_prob at, real parameter)
+    row_result row_finish(row_state s, row_target t, int phi, scalar parameter)
+    jet loss_phi(int phi, log_prob at, scalar parameter)
+    scalar share_outside(int phi)
     real weighted(real a, real phi)
     real transform_logit(logit_transform t, real x)
     void transform_derivatives(logit_transform t, real x, real *g, real *h)
@@ -111,7 +113,9 @@ cdef extern from "formulas.h" nogil:
 include "job.pxi"
 include "entries.pxi"
 include "rows.pxi"
+include "teacher.pxi"
 include "tiles.pxi"
+include "elements.pxi"
 
 # ---- from arrays to a job ------------------------------------------------------------------------------------------
 
@@ -170,7 +174,7 @@ cdef double work(const Job *job, int n_threads) except? -1.0:
     """All units; the sum of the losses. Raises KeyboardInterrupt between chunks."""
     cdef Py_ssize_t n_units = (job.n_rows + job.unit_rows - 1) // job.unit_rows, first = 0, last, i
     cdef Py_ssize_t chunk = max(CHUNK_LOGITS // job.unit_rows // job.n_classes, <Py_ssize_t>1)
-    cdef Py_ssize_t stage = stage_vectors(job)
+    cdef Py_ssize_t stage = stage_vectors(job) + picked_vectors(job)
     cdef double sums[CHUNK_UNITS]
     cdef double total = 0
     cdef void *memory
@@ -209,7 +213,12 @@ cdef Py_ssize_t stage_vectors(const Job *job) noexcept nogil:
         vectors = job.tile_rows * ((job.n_classes + LANES - 1) // LANES)
     if vectors > STAGE:
         return 0
-    return 2 * vectors if job.streams else vectors
+    return 2 * vectors if job.streams or job.teacher != NULL else vectors
+
+
+cdef Py_ssize_t picked_vectors(const Job *job) noexcept nogil:
+    """Beyond that: the logits at the classes of a sparse teacher."""
+    return job.teacher.n_classes + LANES if job.sparse_teacher else 0
 
 
 def scan_labels(label, int label_kind, Py_ssize_t n_classes, long long ignore_index):
@@ -280,22 +289,26 @@ def denominator(label, int label_kind, Py_ssize_t n_classes, long long ignore_in
     return sum_of_doubles(sums, 8)
 
 
-PHI = {(<bytes>PHI_NAMES[_i]).decode(): _i for _i in range(PHI_COUNT)}
+PHI = {(<bytes>PHI_NAMES[_i]).decode(): _i for _i in range(FIRST_DIVERGENCE)}
+DIVERGENCES = {(<bytes>PHI_NAMES[_i]).decode(): _i for _i in range(FIRST_DIVERGENCE, PHI_COUNT)}
 
 
 def run(
     int what, int phi, double parameter, logits, int axis, label, int label_kind, q, where, weight, sample_weight,
     bint q_is_scalar, long long ignore_index, double label_smoothing, double temperature, double softcap,
     double z_loss, double scale, value, grad, hess, label_logit, top, rank, spread, linear, int n_threads,
+    indices=None, int index_kind=0,
 ):
     """Compute what is asked for into the arrays that are not None; the sum of the losses.
 
     All arrays are checked: native byte order, logits, q, grad and hess of this module's storage type (or q of its
     scalar type: `q_is_scalar`), weight, sample_weight and the outputs of rows of its scalar type, shapes as they must
     be, at least one row and one class.
-    `label_kind` is the size of the labels' type in bytes, negative for a signed one.
+    `label_kind` is the size of the labels' type in bytes, negative for a signed one. Of a divergence, q is the
+    teacher's logits, of all classes or of the classes `indices`, which `index_kind` tells the type of.
     """
     cdef Job job
+    cdef Job teacher
     cdef Plan plan
     cdef cnp.ndarray x = <cnp.ndarray>logits
     cdef int i, j = 0
@@ -315,6 +328,7 @@ def run(
     place(&job, &plan, GRAD, grad, axis)
     place(&job, &plan, HESS, hess, axis)
     place(&job, &plan, LABEL, label, -1)
+    place(&job, &plan, INDICES, indices, axis)
     place(&job, &plan, SAMPLE, sample_weight, -1)
     place(&job, &plan, VALUE, value, -1)
     place(&job, &plan, LABEL_LOGIT, label_logit, -1)
@@ -338,18 +352,26 @@ def run(
     job.transforms = softcap != 0 or temperature != 1
     job.linear = phi == PHI_CROSS_ENTROPY
     job.q_is_scalar = q_is_scalar
-    job.dense = what == STATE or (what == LOSS and (q is not None or label_smoothing != 0))
+    job.sparse_teacher, job.index_kind = indices is not None, index_kind
+    job.dense = what == STATE or (
+        what == LOSS and not job.sparse_teacher and (q is not None or label_smoothing != 0)
+    )
     job.want_grad, job.want_hess = grad is not None, hess is not None
     job.writes = job.want_grad or job.want_hess
     job.wide = (
         (job.at[X].classes == sizeof(storage) and job.n_classes > MANY_UP_TO) or job.n_classes > MANY_AT_MOST
     )
     job.level = FULL
-    if (
-        not job.transforms and where is None and not q_is_scalar and what != STATS
-        and (job.linear or not job.dense) and (not job.wide or adjacent(&job))
-    ):
-        job.level = DENSE if job.dense else SPARSE
+    if softcap == 0 and where is None and not q_is_scalar and what != STATS and (not job.wide or adjacent(&job)):
+        job.level = MIXED
+        if not job.transforms and (job.linear or not job.dense):
+            job.level = DENSE if job.dense else SPARSE
+    if phi >= FIRST_DIVERGENCE:
+        teacher = job
+        teacher.n_classes = cnp.PyArray_DIM(<cnp.ndarray>q, axis)
+        teacher.dense, teacher.want_grad, teacher.want_hess, teacher.writes = False, False, False, False
+        teacher.level = FULL if job.sparse_teacher else job.level
+        job.teacher = &teacher
     # rows of gradient side by side, and too many to stay in a cache
     job.streams = (
         not job.wide and job.want_grad and not STORAGE_IS_16_BIT and job.n_classes <= STAGE
@@ -371,6 +393,8 @@ cdef bint adjacent(const Job *job) noexcept:
     """Whether the classes of all operands lie side by side."""
     cdef int k
     for k in range(ENTRY_OPERANDS):
+        if k == Q and job.sparse_teacher:
+            continue
         if job.at[k].data != NULL and job.at[k].classes != sizeof(storage):
             return False
     return True

@@ -63,7 +63,9 @@ cdef inline void reduce(
                 present = <int>min(<Py_ssize_t>BLOCK, (n_classes - c + VIRTUAL - 1) // VIRTUAL)
                 for j in range(present):
                     n = <int>min(<Py_ssize_t>LANES, n_classes - c - j * VIRTUAL) if wide else v.n
-                    if level == FULL:
+                    if kind == SUM_SPARSE:
+                        terms_sparse(job, v, c + j * VIRTUAL, n, wide, entry)
+                    elif level == FULL:
                         terms_full(job, v, c + j * VIRTUAL, n, wide, kind, keep, entry)
                     else:
                         terms(job, v, c + j * VIRTUAL, n, wide, level, kind, keep, True, entry)
@@ -121,6 +123,18 @@ cdef void sum_many_dense(const Job *job, const View *v, real *sums) noexcept nog
 cdef void sum_many_dense_keeping(const Job *job, const View *v, real *sums) noexcept nogil:
     reduce(job, v, False, DENSE, SUM_LINEAR, STAGED, sums)
 
+cdef void sum_wide_mixed(const Job *job, const View *v, int kind, int keep, real *sums) noexcept nogil:
+    reduce(job, v, True, MIXED, kind, keep, sums)
+
+cdef void sum_wide_phi(const Job *job, const View *v, real *sums) noexcept nogil:
+    reduce(job, v, True, MIXED, SUM_PHI, FORGET, sums)
+
+cdef void sum_many_mixed(const Job *job, const View *v, int kind, int keep, real *sums) noexcept nogil:
+    reduce(job, v, False, MIXED, kind, keep, sums)
+
+cdef void sum_many_phi(const Job *job, const View *v, real *sums) noexcept nogil:
+    reduce(job, v, False, MIXED, SUM_PHI, FORGET, sums)
+
 cdef void sum_full(const Job *job, const View *v, int kind, int keep, real *sums) noexcept nogil:
     if job.wide:
         reduce(job, v, True, FULL, kind, keep, sums)
@@ -131,6 +145,16 @@ cdef void sum_full(const Job *job, const View *v, int kind, int keep, real *sums
 cdef void sum_rows(const Job *job, const View *v, int kind, int keep, real *sums) noexcept nogil:
     if job.level == FULL:
         sum_full(job, v, kind, keep, sums)
+    elif job.level == MIXED and kind == SUM_PHI:
+        if job.wide:
+            sum_wide_phi(job, v, sums)
+        else:
+            sum_many_phi(job, v, sums)
+    elif job.level == MIXED:
+        if job.wide:
+            sum_wide_mixed(job, v, kind, keep, sums)
+        else:
+            sum_many_mixed(job, v, kind, keep, sums)
     elif job.wide and job.level == SPARSE:
         if keep == FORGET:
             sum_wide_sparse(job, v, sums)
@@ -215,15 +239,27 @@ cdef inline void find_top_wide(
 cdef void top_wide(const Job *job, const View *v, scalar *maximum, Py_ssize_t *top) noexcept nogil:
     find_top_wide(job, v, SPARSE, maximum, top)
 
+cdef void top_wide_mixed(const Job *job, const View *v, scalar *maximum, Py_ssize_t *top) noexcept nogil:
+    find_top_wide(job, v, MIXED, maximum, top)
+
 cdef void top_wide_full(const Job *job, const View *v, scalar *maximum, Py_ssize_t *top) noexcept nogil:
     find_top_wide(job, v, FULL, maximum, top)
 
 
-cdef inline bint lies_in_rows(const Job *job, const char *data, int operand, int n) noexcept nogil:
+cdef void find_top(const Job *job, const View *v, scalar *maximum, Py_ssize_t *top) noexcept nogil:
+    if job.level == FULL:
+        top_wide_full(job, v, maximum, top)
+    elif job.level == MIXED:
+        top_wide_mixed(job, v, maximum, top)
+    else:
+        top_wide(job, v, maximum, top)
+
+
+cdef inline bint lies_in_rows(const Job *job, const View *v, int operand, int n) noexcept nogil:
     """Whether a full tile of an operand lies in rows of adjacent classes, to be turned block by block."""
     return (
-        data != NULL and n == LANES and job.n_classes >= CORNER
-        and job.at[operand].classes == sizeof(storage) and job.at[operand].rows != sizeof(storage)
+        v.at[operand] != NULL and n == LANES and job.n_classes >= CORNER
+        and v.step[operand] == sizeof(storage) and v.lane[operand] != sizeof(storage)
     )
 
 
@@ -231,15 +267,15 @@ cdef void top_many(const Job *job, View *v, int n, real *stage, real *maximum, r
     """The same for a row in each lane; keeps the logits in `stage` if there is one."""
     cdef Py_ssize_t c
     cdef real x, best = r_set(-INF), place = r_set(0), index = r_set(0)
-    cdef bint turned = stage != NULL and lies_in_rows(job, v.at[X], X, n)
+    cdef bint turned = stage != NULL and lies_in_rows(job, v, X, n)
     if turned:
         turn_in(v.at[X], v.lane[X], job.n_classes, stage)
         v.kept_logits = stage
     for c in range(job.n_classes):
         x = stage[c] if turned else raw_logits(v, c, n, False)
-        if job.level == FULL:
+        if job.level >= MIXED:
             x = transformed(job, v, c, n, x)
-        if stage != NULL and (job.level == FULL or not turned):
+        if stage != NULL and (job.level >= MIXED or not turned):
             stage[c] = x
         place = r_select(r_gt(x, best), index, place)
         best = r_max(x, best)
@@ -272,12 +308,20 @@ cdef void write_wide_dense(const Job *job, const View *v) noexcept nogil:
 cdef void write_many(const Job *job, const View *v, int n, int keep) noexcept nogil:
     write_all(job, v, n, False, DENSE if job.dense else SPARSE, keep)
 
+cdef void write_mixed(const Job *job, const View *v, int n, int keep) noexcept nogil:
+    if job.wide:
+        write_all(job, v, n, True, MIXED, keep)
+    else:
+        write_all(job, v, n, False, MIXED, keep)
+
 cdef void write_full(const Job *job, const View *v, int n, int keep) noexcept nogil:
     write_all(job, v, n, job.wide, FULL, keep)
 
 
 cdef void write_rows(const Job *job, const View *v, int n, int keep) noexcept nogil:
-    if job.wide and keep != FORGET and job.level == SPARSE:
+    if job.level == MIXED:
+        write_mixed(job, v, n, keep)
+    elif job.wide and keep != FORGET and job.level == SPARSE:
         write_wide_sparse(job, v)
     elif job.wide and keep != FORGET and job.level == DENSE:
         write_wide_dense(job, v)
@@ -401,7 +445,7 @@ cdef inline void open_tile(const Job *job, Tile *tile, Py_ssize_t row, int n) no
             )
             tile.label[i] = label.value
             # the statistics of a row want no label
-            tile.status[i] = label.status if job.what == LOSS else ACTIVE
+            tile.status[i] = label.status if job.what == LOSS or job.what == NLL else ACTIVE
             if label.status == ACTIVE:
                 tile.index[i] = job.label_share if job.weight == NULL else job.label_share * job.weight[label.value]
             elif label.status == INVALID:
@@ -427,7 +471,7 @@ cdef inline void look(const Job *job, const Tile *tile, View *v, int i) noexcept
         v.lane[k] = job.at[k].classes if wide else job.at[k].rows
         if wide and v.at[k] != NULL:
             v.at[k] += i * job.at[k].rows
-    v.kept_logits, v.kept_exp, v.turned_grad = NULL, NULL, NULL
+    v.kept_logits, v.kept_exp, v.turned_grad, v.kept_teacher, v.picked = NULL, NULL, NULL, NULL, NULL
     v.tops, v.n = r_set(-1), tile.n
 
 
@@ -440,11 +484,12 @@ cdef inline void finish(const Job *job, Tile *tile) noexcept nogil:
     cdef scalar elsewhere[LANES]
     cdef scalar raw_label[LANES]
     cdef scalar raw_top[LANES]
-    cdef real zero = r_set(0)
+    cdef real zero = r_set(0), outside
     cdef int i
     for i in range(LANES):
         elsewhere[i] = tile.label[i] != tile.top[i] and tile.label[i] >= 0
     t.d_top, t.d_label = zero, zero
+    t.v_top, t.t_top = zero, zero
     if job.dense or job.transforms:
         for i in range(LANES):
             d_top[i], d_label[i], raw_label[i], raw_top[i] = 0, 0, 0, 0
@@ -457,6 +502,9 @@ cdef inline void finish(const Job *job, Tile *tile) noexcept nogil:
                 d_label[i] = dense_of(job, tile, i, tile.label[i])
                 raw_label[i] = raw_logit_of(job, tile, i, tile.label[i])
         t.d_top, t.d_label = r_load_scalars(d_top), r_load_scalars(d_label)
+    if job.teacher != NULL:
+        t.d_top = r_set(1)
+        teacher_at_top(job, tile, &t)
     t.index, t.label_logit = r_load_scalars(tile.index), r_load_scalars(tile.label_logit)
     t.label_is_top = r_eq(r_load_scalars(elsewhere), zero)
     t.weight = r_load_scalars(tile.sample)
@@ -469,7 +517,11 @@ cdef inline void finish(const Job *job, Tile *tile) noexcept nogil:
     elif job.dense:
         t.sum, t.sum1 = r_load_scalars(tile.phi_sums[0]), r_load_scalars(tile.phi_sums[1])
         t.sum2 = r_load_scalars(tile.phi_sums[2])
-    r = row_finish(tile.state, t, job.phi, r_set(job.parameter))
+    elif job.sparse_teacher:
+        outside = tile.state.rest * tile.state.inverse * r_set(share_outside(job.phi))
+        t.sum, t.sum1 = r_load_scalars(tile.phi_sums[0]) + outside, r_load_scalars(tile.phi_sums[1]) + outside
+        t.sum2 = r_load_scalars(tile.phi_sums[2]) + outside
+    r = row_finish(tile.state, t, job.phi, job.parameter)
     if job.transforms:
         transform_derivatives(job.transform, r_load_scalars(raw_top), &r.grad_top, &r.hess_top)
         transform_derivatives(job.transform, r_load_scalars(raw_label), &r.grad_label, &r.hess_label)

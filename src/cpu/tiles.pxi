@@ -2,18 +2,22 @@
 
 cdef inline void set_outputs(const Job *job, const Tile *tile, View *v) noexcept nogil:
     """What step 3 needs of the rows, each in its lane."""
-    cdef real sample = r_load_scalars(tile.sample), zero = r_set(0)
+    cdef real sample = r_load_scalars(tile.sample)
+    cdef real outside = r_set(share_outside(job.phi) if job.sparse_teacher else 0)
     v.factor = sample * r_set(job.scale)
     v.inverse, v.log_z, v.max = tile.state.inverse, tile.state.log_z, tile.state.max
     v.b, v.d = tile.result.b, tile.result.d
     if job.what == LOSS:
-        v.out_exp = (zero - v.b) * v.factor * v.inverse
+        v.out_exp = (outside - v.b) * v.factor * v.inverse
     else:
         v.out_exp = v.inverse
-    v.out_hess1 = (zero - v.b) * v.factor
-    v.out_hess2 = (v.b + v.d) * v.factor
+    v.out_hess1 = (outside - v.b) * v.factor
+    v.out_hess2 = (v.b + v.d - outside - outside) * v.factor
     v.share = r_load_scalars(tile.share)
     v.ref = r_exp_reference(v.max)
+    if job.teacher != NULL:
+        v.teacher_max, v.teacher_log_z, v.teacher_inverse = tile.teacher.max, tile.teacher.log_z, tile.teacher.inverse
+        v.teacher_ref = r_exp_reference(v.teacher_max)
 
 
 cdef inline void pick_row(View *v, int i) noexcept nogil:
@@ -21,7 +25,11 @@ cdef inline void pick_row(View *v, int i) noexcept nogil:
     v.factor, v.inverse, v.log_z, v.max = lane(v.factor, i), lane(v.inverse, i), lane(v.log_z, i), lane(v.max, i)
     v.out_exp, v.out_hess1, v.out_hess2 = lane(v.out_exp, i), lane(v.out_hess1, i), lane(v.out_hess2, i)
     v.share = lane(v.share, i)
+    v.b, v.d = lane(v.b, i), lane(v.d, i)
     v.ref = r_exp_reference(v.max)
+    v.teacher_max, v.teacher_log_z = lane(v.teacher_max, i), lane(v.teacher_log_z, i)
+    v.teacher_inverse = lane(v.teacher_inverse, i)
+    v.teacher_ref = r_exp_reference(v.teacher_max)
 
 
 cdef inline real lane(real a, int i) noexcept nogil:
@@ -61,13 +69,42 @@ cdef inline void set_entry(
         s_store(<storage *>entry_of(job, tile, HESS, i, c), hess)
 
 
-cdef inline void clear_row(const Job *job, const Tile *tile, int i) noexcept nogil:
+cdef inline void fill_row(const Job *job, const Tile *tile, int i, int operand, scalar a) noexcept nogil:
     cdef Py_ssize_t c
+    if a == 0 and job.at[operand].classes == sizeof(storage):
+        memset(tile.at[operand] + i * job.at[operand].rows, 0, job.n_classes * sizeof(storage))
+        return
     for c in range(job.n_classes):
-        if job.want_grad:
-            s_store(<storage *>entry_of(job, tile, GRAD, i, c), 0)
-        if job.want_hess:
-            s_store(<storage *>entry_of(job, tile, HESS, i, c), 0)
+        s_store(<storage *>entry_of(job, tile, operand, i, c), a)
+
+
+cdef inline void clear_row(const Job *job, const Tile *tile, int i, scalar a) noexcept nogil:
+    if job.want_grad:
+        fill_row(job, tile, i, GRAD, a)
+    if job.want_hess:
+        fill_row(job, tile, i, HESS, 0)
+
+
+cdef void nll_tile(const Job *job, Tile *tile) noexcept nogil:
+    """Rows of log-probabilities, of which only the labelled ones are read."""
+    cdef scalar values[LANES]
+    cdef scalar a
+    cdef int i
+    for i in range(LANES):
+        values[i] = 0
+    for i in range(tile.n):
+        a = 0
+        if tile.label[i] >= 0:
+            a = tile.index[i] * tile.sample[i]
+            if a != 0:
+                values[i] = -a * raw_logit_of(job, tile, i, tile.label[i])
+        elif tile.status[i] == INVALID:
+            values[i] = NAN
+        if job.writes:
+            clear_row(job, tile, i, values[i] if tile.status[i] == INVALID else 0)
+            if tile.label[i] >= 0:
+                set_entry(job, tile, i, tile.label[i], -(a * job.scale), 0)
+    tile.result.value = r_load_scalars(values)
 
 
 cdef void wide_tile(const Job *job, Tile *tile, real *stage) noexcept nogil:
@@ -75,20 +112,19 @@ cdef void wide_tile(const Job *job, Tile *tile, real *stage) noexcept nogil:
     cdef int kind = first_reading(job), keep = FORGET, i
     cdef View v
     cdef real sums[TERMS]
-    if keeps_exp(job) and job.level != FULL and job.want_grad and not STORAGE_IS_16_BIT:
+    if keeps_exp(job) and job.level < MIXED and job.want_grad and not STORAGE_IS_16_BIT:
         keep = IN_GRAD
-    elif keeps_exp(job) and (job.level == FULL or STORAGE_IS_16_BIT) and tile.n * vectors <= STAGE:
+    elif keeps_exp(job) and (job.level >= MIXED or STORAGE_IS_16_BIT) and tile.n * vectors <= STAGE:
         keep = STAGED
     for i in range(tile.n):
         if tile.status[i] == IGNORED:
             continue
         look(job, tile, &v, i)
-        if job.level == FULL:
-            top_wide_full(job, &v, &tile.max[i], &tile.top[i])
-        else:
-            top_wide(job, &v, &tile.max[i], &tile.top[i])
+        find_top(job, &v, &tile.max[i], &tile.top[i])
         if tile.label[i] >= 0:
             tile.label_logit[i] = logit_of(job, tile, i, tile.label[i])
+        if job.sparse_teacher:
+            pick(job, tile, i, picked_row(job, stage, i), 1)
         v.top = tile.top[i]
         v.max = r_set(tile.max[i])
         v.ref = r_exp_reference(v.max)
@@ -99,29 +135,39 @@ cdef void wide_tile(const Job *job, Tile *tile, real *stage) noexcept nogil:
         if kind != SUM_EXP:
             tile.sums[1][i], tile.sums[2][i] = first_lane(sums[1]), first_lane(sums[2])
     tile.state = row_close(r_load_scalars(tile.max), r_load_scalars(tile.sums[0]))
-    if job.dense and not job.linear:
+    if job.teacher != NULL:
+        read_teacher_wide(job, tile)
+    if job.sparse_teacher or (job.dense and not job.linear):
         for i in range(tile.n):
-            if tile.status[i] != IGNORED:
-                look(job, tile, &v, i)
-                set_outputs(job, tile, &v)
-                pick_row(&v, i)
+            if tile.status[i] == IGNORED:
+                continue
+            look(job, tile, &v, i)
+            set_outputs(job, tile, &v)
+            pick_row(&v, i)
+            if job.sparse_teacher:
+                v.top, v.picked = <Py_ssize_t>tile.top_place[i], <const real *>picked_row(job, stage, i)
+                sum_sparse(job, &v, sums)
+            else:
                 v.top = tile.top[i]
                 sum_rows(job, &v, SUM_PHI, FORGET, sums)
-                tile.phi_sums[0][i], tile.phi_sums[1][i] = first_lane(sums[0]), first_lane(sums[1])
-                tile.phi_sums[2][i] = first_lane(sums[2])
+            tile.phi_sums[0][i], tile.phi_sums[1][i] = first_lane(sums[0]), first_lane(sums[1])
+            tile.phi_sums[2][i] = first_lane(sums[2])
     if job.what == LOSS:
         finish(job, tile)
     if not job.writes:
         return
     for i in range(tile.n):
         if tile.status[i] == IGNORED:
-            clear_row(job, tile, i)
+            clear_row(job, tile, i, 0)
             continue
         look(job, tile, &v, i)
         set_outputs(job, tile, &v)
         pick_row(&v, i)
         v.kept_exp = stage + i * vectors
         write_rows(job, &v, 1, keep)
+        if job.sparse_teacher:
+            v.picked = <const real *>picked_row(job, stage, i)
+            write_sparse(job, tile, &v, i)
     if job.what == LOSS:
         set_entries(job, tile)
 
@@ -155,6 +201,7 @@ cdef void many_tile(const Job *job, Tile *tile, real *stage) noexcept nogil:
     prefetch_next(job, tile)
     r_store_scalars(tile.max, v.max)
     r_store_scalars(tops, v.tops)
+    r_store_scalars(tile.top_place, r_set(-1))
     for i in range(LANES):
         tile.top[i] = <Py_ssize_t>tops[i]
         active[i] = tile.status[i] != IGNORED
@@ -166,6 +213,10 @@ cdef void many_tile(const Job *job, Tile *tile, real *stage) noexcept nogil:
             tile.label_logit[i] = logit_of(job, tile, i, tile.label[i])
     v.kept_logits = stage if staged else NULL
     v.kept_exp = stage
+    if job.sparse_teacher:
+        v.picked = stage + stage_vectors(job)
+        for i in range(tile.n):
+            pick(job, tile, i, <scalar *>v.picked + i, LANES)
     v.ref = r_exp_reference(v.max)
     v.share, v.label_logit = r_load_scalars(tile.share), r_load_scalars(tile.label_logit)
     sum_rows(job, &v, kind, keep, sums)
@@ -174,9 +225,15 @@ cdef void many_tile(const Job *job, Tile *tile, real *stage) noexcept nogil:
         r_store_scalars(tile.sums[1], sums[1])
         r_store_scalars(tile.sums[2], sums[2])
     tile.state = row_close(v.max, sums[0])
-    if job.dense and not job.linear:
+    if job.teacher != NULL:
+        v.kept_teacher = read_teacher_many(job, tile, stage)
+    if job.sparse_teacher or (job.dense and not job.linear):
         set_outputs(job, tile, &v)
-        sum_rows(job, &v, SUM_PHI, FORGET, sums)
+        if job.sparse_teacher:
+            v.tops = r_load_scalars(tile.top_place)
+            sum_sparse(job, &v, sums)
+        else:
+            sum_rows(job, &v, SUM_PHI, FORGET, sums)
         for i in range(TERMS):
             r_store_scalars(tile.phi_sums[i], sums[i])
     if job.what == LOSS:
@@ -185,13 +242,15 @@ cdef void many_tile(const Job *job, Tile *tile, real *stage) noexcept nogil:
         return
     set_outputs(job, tile, &v)
     v.active = r_not(r_eq(r_load_scalars(active), r_set(0)))
-    if keep == STAGED and job.want_grad and lies_in_rows(job, v.at[GRAD], GRAD, tile.n):
+    if staged and job.want_grad and job.what != LOG_SOFTMAX and lies_in_rows(job, &v, GRAD, tile.n):
         v.turned_grad = stage
     write_rows(job, &v, tile.n, keep)
     if v.turned_grad != NULL and job.streams:
         tile.at[GRAD] = <char *>(stage + job.n_classes)
     if v.turned_grad != NULL:
         turn_out(stage, job.n_classes, tile.at[GRAD], v.lane[GRAD])
+    if job.sparse_teacher:
+        write_sparse(job, tile, &v, 0)
     if job.what == LOSS:
         set_entries(job, tile)
     if v.turned_grad != NULL and job.streams:
@@ -295,7 +354,9 @@ cdef double unit(const Job *job, Py_ssize_t index, real *stage) noexcept nogil:
         left = min(end - row, job.run - row % job.run)
         n = <int>min(left, <Py_ssize_t>job.tile_rows)
         open_tile(job, &tile, row, n)
-        if job.wide:
+        if job.what == NLL:
+            nll_tile(job, &tile)
+        elif job.wide:
             wide_tile(job, &tile, stage)
         else:
             many_tile(job, &tile, stage)
@@ -303,7 +364,7 @@ cdef double unit(const Job *job, Py_ssize_t index, real *stage) noexcept nogil:
             put_stats(job, &tile)
         elif job.what == LOGSUMEXP:
             put_lse(job, &tile)
-        elif job.what == LOSS:
+        elif job.what == LOSS or job.what == NLL:
             put_rows(job, &tile, VALUE, tile.result.value, True)
             r_store_scalars(lanes, tile.result.value)
             for i in range(n):
@@ -311,4 +372,4 @@ cdef double unit(const Job *job, Py_ssize_t index, real *stage) noexcept nogil:
         row += n
     if job.streams:
         stream_end()
-    return sum_of_doubles(values, end - first) if job.what == LOSS else 0
+    return sum_of_doubles(values, end - first) if job.what == LOSS or job.what == NLL else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 from typing import Any
 
@@ -10,17 +11,20 @@ import numpy as np
 from xce import _cpu, _threads
 from xce._backends import _scan
 from xce._call import Call, LogitStats, dtype_name
+from xce._elements import ElementCall
 
 __all__ = ["run", "scan_labels", "scan_values", "view", "wrap"]
 
 # what `run` of the kernels is to compute
-_LOSS, _SOFTMAX, _LOG_SOFTMAX, _LOGSUMEXP, _STATS, _STATE = range(6)
+_LOSS, _SOFTMAX, _LOG_SOFTMAX, _LOGSUMEXP, _STATS, _STATE, _NLL = range(7)
 _MAPS = {"softmax": _SOFTMAX, "log_softmax": _LOG_SOFTMAX}
 
 # size in bytes, negative for a signed type
 _LABEL_KINDS = {
     np.dtype(f"{sign}int{8 * size}"): size * (1 if sign else -1) for sign in ("u", "") for size in (1, 2, 4, 8)
 }
+# the same of the numbers that the kernels of single elements read, besides their own
+_NUMBER_KINDS = _LABEL_KINDS | {np.dtype(bool): 17, np.dtype(np.float32): 20, np.dtype(np.float64): 24}
 
 _SMALLEST, _LARGEST = 1e-30, 1e30  # what float32 computes with, far from its ends
 _PORTION = 1 << 24  # labels between two looks for Ctrl-C
@@ -58,24 +62,23 @@ def scan_labels(target: Any, n_classes: int, ignore_index: int) -> int:
 
 def scan_values(values: Any, low: float, high: float | None) -> int:
     """Return the flat C-order index of the first entry outside low..high (None: infinite), or NaN; or -1."""
-    if values.size == 0:
-        return -1
-    widened = _scan.widen(values)
-    if widened.min() >= low:
-        if high == np.inf:
-            return -1
-        highest = widened.max()
-        if highest < np.inf if high is None else highest <= high:
-            return -1
-    return _scan.scan_values(values, low, high)
+    if values.dtype.itemsize == 2 and values.dtype not in _NUMBER_KINDS:
+        kernels, kind = _cpu.kernels(dtype_name(values.dtype)), 0
+    else:  # whole numbers too, which float64 holds or rounds to others out of any range
+        kernels, kind = _cpu.kernels("float64" if values.dtype != _FLOAT32 else "float32"), _NUMBER_KINDS[values.dtype]
+    n_threads = 1 if values.size < _threads.SERIAL_BELOW else _threads.team(None, values.size)
+    highest = np.inf if high is None else high
+    return kernels.scan_range(values, kind, low, highest, high is None, n_threads)  # type: ignore[no-any-return]
 
 
-def run(call: Call) -> Any:
-    """Compute `call`."""
+def run(call: Any) -> Any:
+    """Compute a `Call` or an `ElementCall`."""
     logits = call.logits
     kernels, scalar = _KERNELS.get(logits.dtype) or _load(logits.dtype)
-    if call.op != "element" and scalar is not _FLOAT64 and not _is_plain(call) and _is_beyond_float32(call):
-        return _in_float64(call)
+    if call.op == "element":
+        return _elements(call, kernels, scalar)
+    if scalar is not _FLOAT64 and not _is_plain(call) and _is_beyond_float32(call):
+        return _in_wider(call, _FLOAT64)
     return _RUN[call.op](call, kernels, scalar)
 
 
@@ -94,13 +97,21 @@ def _rows(call: Call) -> tuple[int, ...]:
 def _loss(call: Call, kernels: ModuleType, scalar: np.dtype[Any]) -> Any:
     # fmt: off
     (
-        _, phi, phi_param, logits, axis, target, weight, sample_weight, where, ignore_index, label_smoothing,
+        op, phi, phi_param, logits, axis, target, weight, sample_weight, where, ignore_index, label_smoothing,
         temperature, softcap, z_loss, reduction, return_grad, return_hess, grad, hess, n_threads, *_,
     ) = call
     # fmt: on
-    kind = _LABEL_KINDS.get(target.dtype, 0)
+    kind, what, phis = _LABEL_KINDS.get(target.dtype, 0), _LOSS, kernels.PHI
     label, q, q_is_scalar = (target, None, False) if kind else (None, target, False)
-    if q is not None and q.dtype != logits.dtype:
+    indices = call.teacher_indices
+    if op == "nll":
+        what = _NLL
+    elif op == "distillation":
+        phis, common = kernels.DIVERGENCES, _common(logits.dtype, target.dtype)
+        if common != logits.dtype:
+            return _in_wider(call, common)
+        q = _cast(target, common)
+    elif q is not None and q.dtype != logits.dtype:
         q, q_is_scalar = _cast(q, scalar), scalar != logits.dtype
     if weight is not None:
         weight = np.ascontiguousarray(_cast(weight, scalar))
@@ -110,7 +121,7 @@ def _loss(call: Call, kernels: ModuleType, scalar: np.dtype[Any]) -> Any:
     if reduction == "mean":
         denominator = _denominator(kernels, call, label, kind, weight, sample_weight)
         if not _SMALLEST < denominator < _LARGEST and _is_beyond(denominator) and scalar is not _FLOAT64:
-            return _in_float64(call)
+            return _in_wider(call, _FLOAT64)
     elif reduction == "none":
         value = np.empty(_rows(call), scalar)
     if return_grad and grad is None:
@@ -121,16 +132,24 @@ def _loss(call: Call, kernels: ModuleType, scalar: np.dtype[Any]) -> Any:
     total, size = 0.0, logits.size
     if size:
         total = kernels.run(
-            _LOSS, kernels.PHI[phi], phi_param, logits, axis, label, kind, q, where, weight, sample_weight, q_is_scalar,
+            what, phis[phi], phi_param, logits, axis, label, kind, q, where, weight, sample_weight, q_is_scalar,
             ignore_index, label_smoothing, temperature, softcap or 0.0, z_loss,
             1.0 / denominator if denominator else 0.0, value, grad, hess, None, None, None, None, None,
             1 if size < _threads.SERIAL_BELOW else _threads.team(n_threads, size),
+            indices, 0 if indices is None else _LABEL_KINDS[indices.dtype],
         )  # fmt: skip
     if value is not None:
         return value, grad, hess
     if reduction == "mean":
         total = total / denominator if denominator else float("nan")
     return _rounded(total, scalar) if abs(total) > _LARGEST else scalar.type(total), grad, hess
+
+
+def _common(a: np.dtype[Any], b: np.dtype[Any]) -> np.dtype[Any]:
+    """The type that two arrays of logits are computed on in."""
+    if a == b:
+        return a
+    return _FLOAT64 if _FLOAT64 in (a, b) else _FLOAT32
 
 
 def _rounded(total: float, scalar: np.dtype[Any]) -> Any:
@@ -148,9 +167,12 @@ def _is_plain(call: Call) -> bool:
 
 
 def _is_beyond_float32(call: Call) -> bool:
-    if any(map(_is_beyond, (call.label_smoothing, call.temperature, call.softcap or 0.0, call.z_loss))):
-        return True
-    for weight in (call.weight, call.sample_weight):
+    options = call.label_smoothing, call.temperature, call.softcap or 0.0, call.z_loss
+    return any(map(_is_beyond, options)) or _has_beyond(call.weight, call.sample_weight)
+
+
+def _has_beyond(*weights: Any) -> bool:
+    for weight in weights:
         if weight is not None and weight.dtype == np.float64 and weight.size:
             smallest = weight.min(where=weight > 0, initial=1.0)
             if _is_beyond(float(smallest)) or _is_beyond(float(weight.max())):
@@ -158,15 +180,15 @@ def _is_beyond_float32(call: Call) -> bool:
     return False
 
 
-def _in_float64(call: Call) -> Any:
-    """A call with numbers that only float64 holds; the results are rounded to what they would have been."""
-    logits = _cast(call.logits, _FLOAT64)
+def _in_wider(call: Any, dtype: np.dtype[Any]) -> Any:
+    """A call with numbers that only a wider type holds; the results are rounded to what they would have been."""
+    logits = _cast(call.logits, dtype)
     result = run(call._replace(logits=logits, grad_out=None, hess_out=None))
-    if call.op != "loss":
+    if call.op in _MAPS:
         return _narrow(result, call.logits, call.grad_out)
     loss, grad, hess = result
     with np.errstate(all="ignore"):
-        loss = loss.astype(np.float32)
+        loss = loss.astype(_FLOAT64 if call.logits.dtype == _FLOAT64 else _FLOAT32)
     return loss, _narrow(grad, call.logits, call.grad_out), _narrow(hess, call.logits, call.hess_out)
 
 
@@ -273,16 +295,65 @@ def _state(call: Call, kernels: ModuleType, scalar: np.dtype[Any]) -> tuple[Any,
     return top, rest, label_logit, linear
 
 
-def _naive(call: Any, kernels: ModuleType, scalar: np.dtype[Any]) -> Any:
-    from xce._backends import generic
+def _elements(call: ElementCall, kernels: ModuleType, scalar: np.dtype[Any]) -> Any:
+    x, y, axis = call.logits, call.target, call.axis
+    weights = call.pos_weight, call.weight, call.sample_weight
+    if scalar is not _FLOAT64 and _has_beyond(*weights):
+        return _in_wider(call, _FLOAT64)
+    kind = 0
+    if y.dtype != x.dtype:
+        kind = _NUMBER_KINDS.get(y.dtype, 0)
+        if not kind:  # the other type of 16 bits
+            y, kind = _cast(y, scalar), _NUMBER_KINDS[scalar]
+    pos_weight, weight, sample_weight = (w if w is None else _cast_broadcast(w, scalar) for w in weights)
+    grad = np.empty_like(x, subok=False) if call.return_grad and call.grad_out is None else call.grad_out
+    hess = np.empty_like(x, subok=False) if call.return_hess and call.hess_out is None else call.hess_out
 
-    return generic.run(call)
+    per_row = 1 if axis is None else x.shape[axis]
+    denominator = float(per_row)
+    if call.reduction in ("mean", "batchmean"):
+        denominator = float(x.size) if sample_weight is None else _sum(sample_weight)
+        if call.reduction == "batchmean":
+            denominator /= max(math.prod(x.shape[1:]), 1)
+    value, row = None, 0
+    if call.reduction == "none":
+        value = np.empty(x.shape if axis is None else x.shape[:axis] + x.shape[axis + 1 :], scalar)
+        row = 0 if axis is None else per_row
+    operands = x, y, pos_weight, weight, sample_weight, grad, hess
+    if row:  # the classes last, for the means of rows
+        operands = tuple(a if a is None else np.moveaxis(a, axis, -1) for a in operands)
+    x, y, pos_weight, weight, sample_weight, grad_at, hess_at = operands
+    total = 0.0
+    if x.size:
+        total = kernels.run_elements(
+            kernels.ELEMENT_FORMULAS[call.formula], call.params, x, y, kind, pos_weight, weight, sample_weight,
+            1.0 / denominator if denominator else 0.0, row, value, grad_at, hess_at,
+            1 if x.size < _threads.SERIAL_BELOW else _threads.team(call.n_threads, x.size),
+        )  # fmt: skip
+    if value is None:
+        value = _rounded(total / denominator if denominator else float("nan"), scalar)
+    return value, grad, hess
+
+
+def _cast_broadcast(x: Any, dtype: np.dtype[Any]) -> Any:
+    """`x` in a floating type, entries that share their memory still sharing it."""
+    return x if x.dtype == dtype else np.broadcast_to(_cast(_distinct(x), dtype), x.shape)
+
+
+def _sum(x: Any) -> float:
+    """The sum of a broadcast array, always added in the same order."""
+    distinct = np.ascontiguousarray(_distinct(x))
+    return float(distinct.sum(dtype=np.float64)) * (x.size // max(distinct.size, 1))
+
+
+def _distinct(x: Any) -> Any:
+    """Without the repetitions of axes whose stride is 0."""
+    return x[tuple(slice(None) if stride else slice(0, 1) for stride in x.strides)] if x.size else x
 
 
 _RUN = {
-    "nll": _naive,
-    "distillation": _naive,
-    "element": _naive,
+    "nll": _loss,
+    "distillation": _loss,
     "loss": _loss,
     "softmax": _map,
     "log_softmax": _map,
