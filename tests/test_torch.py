@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import inspect
 import pickle
 import warnings
@@ -214,6 +215,7 @@ MISTAKES = {
     "integer logits": ("cross_entropy", (X.long(), LABELS), {}),
     "logits without an axis": ("cross_entropy", (X[0, 0], LABELS[0]), {}),
     "an array of NumPy": ("cross_entropy", (X.numpy(), LABELS), {}),
+    "no logits": ("cross_entropy", (None, LABELS), {}),
     "no target": ("cross_entropy", (X, None), {}),
     "another dtype of the weights": ("cross_entropy", (X, LABELS, torch.ones(3).double()), {}),
     "too few weights": ("cross_entropy", (X, LABELS, torch.ones(2)), {}),
@@ -667,6 +669,15 @@ def test_a_layer_of_which_a_part_requires_grad(by_xce: list[dict[str, Any]]) -> 
 
 
 @needs_linear
+def test_weights_that_depend_on_the_input() -> None:
+    (x, *_), target = layer()
+    for weight in (lambda x: x, lambda x: x[1:].sin()):
+        f = partial(lambda x, weight: xce.torch.linear_cross_entropy(x, weight(x), target), weight=weight)
+        assert torch.autograd.gradcheck(f, x)
+        assert torch.autograd.gradgradcheck(f, x)
+
+
+@needs_linear
 def test_backward_twice_through_a_layer() -> None:
     leaves, target = layer()
     value = of_layer(xce.torch, target)(*leaves)
@@ -804,3 +815,12 @@ def test_threads_are_those_of_pytorch(by_xce: list[dict[str, Any]]) -> None:
     finally:
         torch.set_num_threads(before)
     assert by_xce[0]["n_threads"] == 1
+
+
+def test_example() -> None:
+    assert doctest.testmod(xce.torch) == (0, 6)
+
+
+def test_everything_public_has_a_docstring() -> None:
+    for name in xce.torch.__all__:
+        assert (inspect.getdoc(getattr(xce.torch, name)) or "").split("\n\n")[0].endswith(".")

@@ -7,7 +7,19 @@
 - to PyTorch itself otherwise, and when xce refuses the arguments: PyTorch may take them (negative weights, targets
   that broadcast), or it has its own error for them. Only a label out of range is `xce.LabelError`, which names it.
 
-The gradient is computed along with the value, and only if autograd is going to ask for it.
+The gradient is computed along with the value, and only if autograd is going to ask for it; second derivatives are
+PyTorch's. Numbers differ where PyTorch rounds more (here, 16-bit input is computed in float32 and rounded once), has 0
+for the loss of a confident row, or has NaN for 0 times infinity. `torch.set_num_threads` counts.
+
+Examples
+--------
+>>> import torch
+>>> from xce.torch import CrossEntropyLoss
+>>> logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
+>>> loss = CrossEntropyLoss()(logits, torch.tensor([0, 2]))
+>>> loss.backward()
+>>> print(f"{loss.item():.6f}", logits.grad[1])
+0.753109 tensor([ 0.1667,  0.1667, -0.3333])
 """
 
 from __future__ import annotations
@@ -43,6 +55,7 @@ __all__ = [
 
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _LABELS = {torch.int64, torch.uint8}
+_OPTIONAL = {"weight", "pos_weight", "linear_bias"}
 
 _Tensors = dict[str, Any]  # by the name of the argument; None where none is given
 
@@ -122,7 +135,7 @@ def _value_dtype(loss: _Loss, tensors: _Tensors) -> torch.dtype | None:
         return None
     target, dtypes = tensors["target"], set()
     for name, x in tensors.items():
-        if x is None and x is not target:
+        if x is None and name in _OPTIONAL:
             continue
         if type(x) not in (Tensor, nn.Parameter) or not x.is_cpu:
             return None
@@ -205,8 +218,10 @@ class _Gradients(torch.autograd.Function):
     def backward(ctx: Any, _: None, *vectors: Tensor | None) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         tensors: _Tensors = dict(zip(call.names, ctx.saved_tensors, strict=True))
-        by = [tensors[name] for name in call.by]
         with torch.enable_grad():
+            # views, so that no way leads from one to another: weights may be a function of the input, or be the input
+            by = [tensors[name].view_as(tensors[name]) for name in call.by]
+            tensors.update(zip(call.by, by, strict=True))
             cast = {
                 name: x.to(call.dtype) if x is not None and x.dtype in _FLOATS else x for name, x in tensors.items()
             }
@@ -230,7 +245,7 @@ class _Value(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, value: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
         ctx.axis = call.loss.axis(inputs[0])
         ctx.save_for_backward(*gradients)
-        return value.to(call.dtype, copy=True)
+        return value.to(call.dtype, copy=True)  # the same tensor would be a view, not to be changed in place
 
     @staticmethod
     def backward(ctx: Any, vector: Tensor) -> tuple[Tensor | None, ...]:
