@@ -272,6 +272,11 @@ ACCEPTED = {
     "no element": ("binary_cross_entropy_with_logits", (X[:0], X[:0]), {}),
     "no element, divergence": ("kl_div", (X[:0], X[:0]), {"reduction": "sum"}),
     "one element": ("binary_cross_entropy_with_logits", (X[0, 0], X[0, 0]), {}),
+    "one element of 16 bits and its weight": (
+        "binary_cross_entropy_with_logits",
+        (X[0, 0].bfloat16(), X[0, 0].bfloat16(), X[0, 0].bfloat16() + 2),
+        {},
+    ),
     "one element, divergence": ("kl_div", (X[0, 0], X[0, 0] + 0.5), {"reduction": "batchmean"}),
     "one element, margin": ("soft_margin_loss", (X[0, 0], X[0, 0] + 1), {"reduction": "none"}),
     "one row of labels": ("multilabel_soft_margin_loss", (X[0], X[0] + 1), {"reduction": "none"}),

@@ -348,7 +348,7 @@ def _sum(x: Any) -> float:
 
 def _distinct(x: Any) -> Any:
     """Without the repetitions of axes whose stride is 0."""
-    return x[tuple(slice(None) if stride else slice(0, 1) for stride in x.strides)] if x.size else x
+    return x[..., *(slice(None) if stride else slice(0, 1) for stride in x.strides)] if x.size else x
 
 
 _RUN = {
