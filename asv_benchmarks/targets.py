@@ -6,11 +6,22 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
-from benchmarks.common import DTYPES, import_seconds, loss_call, make_logits, numpy_dtype, peak_growth
+from benchmarks.common import (
+    DTYPES,
+    LAYERS,
+    import_seconds,
+    layer_call,
+    loss_call,
+    make_logits,
+    numpy_dtype,
+    peak_growth,
+)
 from benchmarks.cross_entropy import segmentation_call, variant_call
+from benchmarks.linear import products
 from measure import Call, Times, race
 
 SEGMENTATION = (2, 19, 512, 512)
+LAYER = (512, 512, 32000)  # rows, width, classes
 
 
 class Target(NamedTuple):
@@ -41,6 +52,7 @@ def option_targets(shape: tuple[int, int], threads: int, rounds: int) -> Iterato
         yield from _options(shape, returns, where, rounds)
         yield from _threads(shape, returns, where, threads, rounds)
         yield from _segmentation(returns, rounds)
+    yield from _layer(rounds)
     yield from _memory(shape, threads)
     yield Target("import xce, over NumPy's import", 60, 1e3 * import_seconds(), False, "ms")
 
@@ -87,6 +99,15 @@ def _segmentation(returns: str, rounds: int) -> Iterator[Target]:
     name = "x".join(map(str, SEGMENTATION))
     ratio = times["moved"].best / times["axis=1"].best
     yield Target(f"{name} {returns}: speed on axis 1 over moving it first", 1, ratio, True)
+
+
+def _layer(rounds: int) -> Iterator[Target]:
+    where, (loss,) = f"{'x'.join(map(str, LAYER))} linear", LAYERS
+    call = layer_call(loss, LAYER, "float32", "grad")
+    inputs, weight, _labels = LAYERS[loss](LAYER)
+    times = race({"loss": call, "products": products(inputs, weight)}, rounds)
+    ratio = times["loss"].best / times["products"].best
+    yield Target(f"{where}: value and both gradients over the three products", 1.15, ratio, False)
 
 
 def _memory(shape: tuple[int, int], threads: int) -> Iterator[Target]:

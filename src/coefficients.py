@@ -64,9 +64,10 @@ def main() -> None:
         c, error = remez(exp_tail, lambda r: r**2 / mp.exp(r) + mp.mpf("1e-30"), degree, -EXP_RANGE, EXP_RANGE)
         print(f"exp {name}: relative error 2^{float(mp.log(error, 2)):.1f}")
         print("   ", ", ".join(mp.nstr(x, 20) for x in c))
-    for name, degree in (("float32", 3), ("float64", 6)):
+    square, unit = LOG_RANGE**2, mp.mpf(1) / 9 * mp.mpf("1.003")  # unit: s = x / (2 + x) for x in [0, 1]
+    for name, degree, end in (("float32", 3, square), ("float64", 6, square), ("float32 unit", 4, unit)):
         # relative to log(1+f) ~ 2s the tail s z R(z) weighs z / 2
-        c, error = remez(log_tail, lambda z: z / 2 + mp.mpf("1e-30"), degree, mp.mpf(0), LOG_RANGE**2)
+        c, error = remez(log_tail, lambda z: z / 2 + mp.mpf("1e-30"), degree, mp.mpf(0), end)
         print(f"log {name}: relative error 2^{float(mp.log(error, 2)):.1f}")
         print("   ", ", ".join(mp.nstr(x, 20) for x in c))
     ln2 = mp.log(2)

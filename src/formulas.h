@@ -97,7 +97,7 @@ XCE_FN jet divergence_js(log_prob at) /* (p log(p / m) + t log(t / m)) / 2, m = 
     real up = r_expm1_parts(d, &unused), down = r_expm1_parts(-d, &unused);
     real near_value = half * half * (at.p + at.t) * (d * up / (up + r_set(2)) - r_log1p(up * down * r_set((scalar)-0.25), zero));
     real near_own = -r_log1p(down * half, zero);
-    real softplus = r_log1p(r_exp(-size), zero), log_2 = r_set((scalar)0.69314718055994530942);
+    real softplus = r_log1p_unit(r_exp(-size)), log_2 = r_set((scalar)0.69314718055994530942);
     real own = log_2 - (r_max(-d, zero) + softplus), other = log_2 - (r_max(d, zero) + softplus);
     real far_value = half * (weighted(at.p, own) + weighted(at.t, other));
     real slope = half * weighted(at.p, r_select(close, near_own, own));
@@ -155,7 +155,7 @@ typedef struct {
 
 XCE_FN sigmoid r_sigmoid(real x)
 {
-    real zero = r_set(0), low, e = r_exp_scaled(-r_abs(x), zero, &low), softplus = r_log1p(e, low);
+    real zero = r_set(0), e = r_exp(-r_abs(x)), softplus = r_log1p_unit(e);
     real large = r_set(1) / (r_set(1) + e), small = e * large;
     rmask positive = r_gt(x, zero);
     sigmoid s = {r_select(positive, large, small), r_select(positive, small, large),

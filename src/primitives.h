@@ -523,6 +523,9 @@ static const scalar EXP_TAIL[] = {
 #define XCE_LOG_DEGREE 3
 static const scalar LOG_TAIL[] = {
     0.66666665620246897075f, 0.40000341402247163645f, 0.28536885488651404605f, 0.23590670679906557904f};
+static const scalar LOG_UNIT_TAIL[] = { /* for s up to 1/3 */
+    0.6666667576654697879f, 0.39998863096041175823f, 0.28617337214225155509f, 0.21422231851459182489f,
+    0.24323104715978038887f};
 #endif
 
 XCE_FN real r_horner(const scalar *coefficients, int degree, real x)
@@ -645,6 +648,16 @@ XCE_FN real r_log1p(real x, real low)
     real y = r_log_join(r_log_split(z, c));
     y = r_select(r_eq(z, r_set(0)), r_set(-XCE_INF), y);
     return r_select(r_gt(r_set(XCE_INF), x), y, x); /* infinity and NaN as they are */
+}
+
+XCE_FN real r_log1p_unit(real x) /* log(1 + x) for 0 <= x <= 1 or NaN, without taking exponents apart */
+{
+#if defined(XCE_STORAGE_float64)
+    return r_log1p(x, r_set(0)); /* a polynomial that went so far would be longer */
+#else
+    real s = x / (r_set(2) + x), z = s * s; /* = 2 atanh(s) = x - s (x - z R(z)), which takes but a third from x */
+    return r_fma(-s, r_fma(-z, r_horner(LOG_UNIT_TAIL, 4, z), x), x);
+#endif
 }
 
 /* the logarithm of x >= 0, subnormal numbers included; k is exact */

@@ -74,7 +74,8 @@ def test_every_public_loss_has_a_benchmark() -> None:
     public = {name: getattr(xce, name) for name in xce.__all__}
     functions = {name: f for name, f in public.items() if inspect.isfunction(f)}
     losses = {name for name, f in functions.items() if "return_grad" in inspect.signature(f).parameters}
-    assert losses == set(common.LOSSES)
+    assert losses == set(common.LOSSES) | set(common.LAYERS)
+    assert not set(common.LOSSES) & set(common.LAYERS)
 
 
 @pytest.fixture
@@ -83,6 +84,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "SETTLE", 0.0)
     monkeypatch.setattr(measure, "BURST", 0.0)
     monkeypatch.setattr(targets, "SEGMENTATION", (1, 3, 4, 4))
+    monkeypatch.setattr(targets, "LAYER", (4, 3, 5))
 
 
 class Right(contenders.Scipy):
@@ -144,6 +146,7 @@ def test_every_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "refused" not in printed
     assert "failed" not in printed
     assert "1x3x4x4 grad: speed on axis 1" in printed
+    assert "4x3x5 linear: value and both gradients over the three products" in printed
 
 
 def test_peers_that_are_installed() -> None:

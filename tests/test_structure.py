@@ -21,8 +21,15 @@ from xce import _cpu, _reference
 ROOT = Path(__file__).parents[1]
 FUNCTIONS = {name: f for name in xce.__all__ if inspect.isfunction(f := getattr(xce, name))}
 PARAMETERS = {name: inspect.signature(f).parameters for name, f in FUNCTIONS.items()}
-PUBLIC_LOSSES = sorted(name for name, parameters in PARAMETERS.items() if "return_grad" in parameters)
-OF_ARRAYS = sorted(name for name, parameters in PARAMETERS.items() if {"logits", "x"} & set(parameters))
+OF_LAYERS = {  # losses of a layer, with the gradients of its parameters -> where their tests are
+    name: f"test_{name.partition('_')[0]}.py"
+    for name, parameters in PARAMETERS.items()
+    if "linear_weight" in parameters
+}
+PUBLIC_LOSSES = sorted(
+    {name for name, parameters in PARAMETERS.items() if "return_grad" in parameters} - set(OF_LAYERS)
+)
+OF_ARRAYS = sorted(name for name, parameters in PARAMETERS.items() if {"logits", "inputs", "x"} & set(parameters))
 
 
 def sections(f: Callable[..., Any]) -> list[str]:
@@ -32,7 +39,8 @@ def sections(f: Callable[..., Any]) -> list[str]:
 
 def test_there_is_something_to_test() -> None:
     assert "cross_entropy" in PUBLIC_LOSSES
-    assert {"cross_entropy", "softmax", "logsumexp"} <= set(OF_ARRAYS)
+    assert {"cross_entropy", "linear_cross_entropy", "softmax", "logsumexp"} <= set(OF_ARRAYS)
+    assert "linear_cross_entropy" in OF_LAYERS
 
 
 @pytest.mark.parametrize("loss", PUBLIC_LOSSES)
@@ -53,7 +61,14 @@ def test_every_phi_has_a_case_and_a_kernel() -> None:
         assert set(_cpu.kernels(storage).PHI) == set(_reference.PHI)
 
 
-@pytest.mark.parametrize("function", sorted(set(OF_ARRAYS) - set(PUBLIC_LOSSES)))
+@pytest.mark.parametrize("loss", sorted(OF_LAYERS))
+def test_every_loss_of_a_layer_has_tests_and_a_benchmark(loss: str) -> None:
+    tests = (ROOT / "tests" / OF_LAYERS[loss]).read_text(encoding="utf-8")
+    assert f"xce.{loss}(" in tests
+    assert loss in benchmarked("LAYERS")
+
+
+@pytest.mark.parametrize("function", sorted(set(OF_ARRAYS) - set(PUBLIC_LOSSES) - set(OF_LAYERS)))
 def test_every_other_function_has_a_benchmark(function: str) -> None:
     assert function in benchmarked("TRANSFORMS")
 

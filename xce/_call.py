@@ -13,11 +13,11 @@ from numpy import ndarray
 
 from xce import _check as check
 from xce._check import DIVERGENCES, INT64, NATIVE_FLOATS, NATIVE_INTEGERS, REDUCTIONS, Array, dtype_name, thread_count
-from xce._dispatch import view
+from xce._dispatch import owner_of, view
 
 __all__ = [
-    "Array", "Call", "LogitStats", "dtype_name", "finish", "normalise", "normalise_distillation", "normalise_map",
-    "thread_count",
+    "Array", "Call", "LinearCall", "LogitStats", "dtype_name", "finish", "finish_linear", "normalise",
+    "normalise_distillation", "normalise_linear", "normalise_map", "thread_count",
 ]  # fmt: skip
 
 
@@ -46,6 +46,17 @@ class Call(NamedTuple):
     n_threads: int | None
     validate: bool  # False: the data was not read, and a bad label makes its row NaN
     teacher_indices: Array = None  # None, or the classes that a teacher's logits are of
+
+
+class LinearCall(NamedTuple):
+    """A checked cross entropy of ``inputs @ weight.T + bias``."""
+
+    loss: Call  # of logits that are never formed: an array of their shape and dtype, without memory, stands for them
+    inputs: Array  # (..., D), floating, as the next two
+    weight: Array  # (C, D)
+    bias: Array  # None, or (C,)
+    chunk_rows: int | None
+    grad_out: tuple[Array, Array, Array]  # None, or buffers like inputs, weight and bias
 
 
 class LogitStats(NamedTuple):
@@ -269,3 +280,51 @@ def finish(owner: ModuleType, call: Any, result: tuple[Array, Array | None, Arra
     if call.return_grad:
         return (wrap(loss), wrap(grad), wrap(hess)) if call.return_hess else (wrap(loss), wrap(grad))
     return (wrap(loss), wrap(hess)) if call.return_hess else wrap(loss)
+
+
+def normalise_linear(
+    owner: ModuleType,
+    inputs: Array,
+    linear_weight: Array,
+    target: Array,
+    linear_bias: Array | None,
+    chunk_rows: int | None,
+    weight: Array | None,
+    sample_weight: Array | None,
+    where: Array | None,
+    grad_out: Any,
+    **options: Any,
+) -> LinearCall:
+    """Return the checked call; `options` are those that `normalise` takes as they are."""
+    from array_api_compat import array_namespace, device
+
+    def own(x: Array, name: str) -> Array:
+        return None if x is None else view(owner, inputs, x, name, first_name="inputs")
+
+    x = owner.view(inputs, "inputs")
+    # fmt: off
+    x, linear_weight, linear_bias = check.linear_layer(
+        x, view(owner, inputs, linear_weight, "linear_weight", first_name="inputs"), own(linear_bias, "linear_bias")
+    )
+    # fmt: on
+    arrays = {"target": check.view_target(owner, inputs, "inputs", x, target)}
+    arrays |= {"weight": own(weight, "weight"), "sample_weight": own(sample_weight, "sample_weight")}
+    arrays |= {"where": own(where, "where")}
+    xp = array_namespace(x)
+    stand_in = xp.zeros((), dtype=x.dtype, device=device(x))
+    logits = xp.broadcast_to(stand_in, (*x.shape[:-1], linear_weight.shape[0]))
+    # what was viewed may belong to another backend: tensors have become arrays of NumPy
+    loss = normalise(owner_of(x, "inputs"), "loss", "cross_entropy", 0.0, logits, -1, **arrays, **options)
+    chunk_rows = check.thread_count("chunk_rows", chunk_rows)  # the same rule
+    check.asked((grad_out, loss.return_grad, "grad"))
+    buffers = tuple(own(out, f"grad_out[{i}]") for i, out in enumerate(check.three(grad_out)))
+    check.linear_buffers(buffers, x, linear_weight, linear_bias, arrays)
+    return LinearCall(loss, x, linear_weight, linear_bias, chunk_rows, buffers)
+
+
+def finish_linear(owner: ModuleType, call: LinearCall, result: tuple[Array, tuple[Array, ...]]) -> Any:
+    """Return the loss, or the pair of it and the three gradients, as the caller's kind of array."""
+    loss, grads = result
+    if not call.loss.return_grad:
+        return owner.wrap(loss)
+    return owner.wrap(loss), tuple(None if grad is None else owner.wrap(grad) for grad in grads)

@@ -220,28 +220,41 @@ def buffers(logits: Array, name: str, buffers: dict[str, Array], inputs: dict[st
 
     The first buffer alone may be the logits, exactly: a row is read before it is written.
     """
-    in_place = next(iter(buffers))
     others = {name: logits} | {key: x for key, x in inputs.items() if x is not None}
     for key, out in buffers.items():
-        if out is None:
-            continue
-        if out.shape != logits.shape:
-            raise ValueError(f"{key} has shape {out.shape} but must have {logits.shape}, the shape of {name}")
-        if out.dtype != logits.dtype:
-            found, expected = _dtype_text(out.dtype), _dtype_text(logits.dtype)
-            raise ValueError(f"{key} has dtype {found} but must have {expected}, the dtype of {name}")
-        if isinstance(out, ndarray):
-            if not out.flags.writeable:
-                raise ValueError(f"{key} is read-only: it must be writable")
-            if _overlaps_itself(out):
-                raise ValueError(f"{key} has strides {out.strides}: its entries must not share memory")
-        for other, x in others.items():
-            if _share_memory(out, x) and not (key == in_place and x is logits and _is_same(out, x)):
-                raise ValueError(
-                    f"{key} shares memory with {other}: a buffer must have memory of its own "
-                    f"(only {in_place}={name} is allowed, and exactly that)"
-                )
-        others[key] = out
+        if out is not None:
+            buffer(out, key, logits, name, others, in_place=(next(iter(buffers)), name))
+            others[key] = out
+
+
+def buffer(
+    out: Array,
+    key: str,
+    like: Array,
+    name: str,
+    others: dict[str, Array],
+    *,
+    in_place: tuple[str, str],
+    or_float32: bool = False,
+) -> None:
+    """Refuse a buffer unlike the array `name`, or that shares memory; `in_place` is the pair that may be the same."""
+    if out.shape != like.shape:
+        raise ValueError(f"{key} has shape {out.shape} but must have {like.shape}, the shape of {name}")
+    if out.dtype != like.dtype and not (or_float32 and dtype_name(out.dtype) == "float32"):
+        found, expected = _dtype_text(out.dtype), _dtype_text(like.dtype)
+        alternative = " or float32" if or_float32 else ""
+        raise ValueError(f"{key} has dtype {found} but must have {expected}, the dtype of {name}{alternative}")
+    if isinstance(out, ndarray):
+        if not out.flags.writeable:
+            raise ValueError(f"{key} is read-only: it must be writable")
+        if _overlaps_itself(out):
+            raise ValueError(f"{key} has strides {out.strides}: its entries must not share memory")
+    for other, x in others.items():
+        if _share_memory(out, x) and not ((key, other) == in_place and _is_same(out, x)):
+            raise ValueError(
+                f"{key} shares memory with {other}: a buffer must have memory of its own "
+                f"(only {'='.join(in_place)} is allowed, and exactly that)"
+            )
 
 
 def _overlaps_itself(x: Array) -> bool:
@@ -267,6 +280,65 @@ def _share_memory(a: Array, b: Array) -> bool:
 
 def _is_same(a: Array, b: Array) -> bool:
     return a is b or (isinstance(a, ndarray) and a.strides == b.strides and a.ctypes.data == b.ctypes.data)
+
+
+# Linear layers
+
+
+def linear_layer(inputs: Array, weight: Array, bias: Array | None) -> tuple[Array, Array, Array | None]:
+    """Return inputs (..., D), weight (C, D) and bias (C,), if they are of one dtype and of shapes that fit."""
+    inputs = typed(inputs, "inputs", *FLOATS)
+    if not inputs.shape:
+        raise ValueError("inputs has shape (): the last axis must be that of the features")
+    if len(weight.shape) != 2 or weight.shape[1] != inputs.shape[-1]:
+        raise ValueError(
+            f"linear_weight has shape {tuple(weight.shape)} but must have (C, {inputs.shape[-1]}), C classes by the "
+            f"features of inputs of shape {tuple(inputs.shape)}"
+        )
+    if not weight.shape[0]:
+        raise ValueError(f"linear_weight of shape {tuple(weight.shape)} has no classes: there must be at least one")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"linear_bias has shape {tuple(bias.shape)} but must have ({weight.shape[0]},), one for each class of "
+            f"linear_weight of shape {tuple(weight.shape)}"
+        )
+    weight = _of_the_dtype(weight, "linear_weight", inputs)
+    return inputs, weight, None if bias is None else _of_the_dtype(bias, "linear_bias", inputs)
+
+
+def _of_the_dtype(x: Array, name: str, inputs: Array) -> Array:
+    expected = dtype_name(inputs.dtype)
+    if dtype_name(x.dtype) != expected:
+        raise TypeError(f"{name} has dtype {_dtype_text(x.dtype)} but must have {expected}, the dtype of inputs")
+    return typed(x, name, expected)
+
+
+def three(grad_out: Any) -> tuple[Array | None, ...]:
+    """Return the buffers (d_inputs, d_weight, d_bias)."""
+    text = "it must be None or a tuple of three, (d_inputs, d_weight, d_bias), of arrays or None"
+    if grad_out is None:
+        return None, None, None
+    if not isinstance(grad_out, (tuple, list)):
+        raise TypeError(f"grad_out is a {type_name(grad_out)}: {text}")
+    if len(grad_out) != 3:
+        raise ValueError(f"grad_out has length {len(grad_out)}: {text}")
+    return tuple(grad_out)
+
+
+def linear_buffers(
+    buffers: tuple[Array | None, ...], inputs: Array, weight: Array, bias: Array | None, others: dict[str, Array]
+) -> None:
+    """Refuse buffers of the three gradients as `buffers` does; those of 16-bit parameters may be of float32."""
+    likes = {"inputs": inputs, "linear_weight": weight, "linear_bias": bias}
+    others = {key: x for key, x in (likes | others).items() if x is not None}
+    for i, (out, (name, like)) in enumerate(zip(buffers, likes.items(), strict=True)):
+        if out is None:
+            continue
+        if like is None:
+            raise ValueError(f"grad_out[{i}] given without {name}: it must be None")
+        is_narrow = i > 0 and dtype_name(like.dtype) in ("float16", "bfloat16")
+        buffer(out, f"grad_out[{i}]", like, name, others, in_place=("grad_out[0]", "inputs"), or_float32=is_narrow)
+        others[f"grad_out[{i}]"] = out
 
 
 # Options

@@ -4,6 +4,7 @@ A backend is a module of `xce._backends` with
 
     view(x, name)       the caller's array as the array that is checked and computed on, sharing its memory
     run(call)           the computation
+    run_linear(call)    that of a `LinearCall`
     wrap(result)        a result in the caller's own kind of array
     scan_labels, scan_values    see `xce._backends._scan`
 """

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_api_compat import array_namespace
 
-from xce._call import Array, Call, LogitStats
+from xce._call import Array, Call, LinearCall, LogitStats
 from xce._elements import ElementCall
 
 # phi -> its value, first and second derivative at u = log p; the last argument is its parameter.
@@ -159,6 +159,12 @@ def run(call: Call | ElementCall) -> Any:
     """Compute `call`; buffers are left to the caller of this function."""
     with np.errstate(all="ignore"):  # infinities and NaN are answers here
         return _OPERATIONS[call.op](call)
+
+
+def run_linear(call: LinearCall) -> tuple[Array, tuple[Array | None, ...]]:
+    """Compute the linear layer, the loss of its logits, and the gradients of the layer."""
+    with np.errstate(all="ignore"):
+        return _linear(call)
 
 
 class _Rows(NamedTuple):
@@ -367,6 +373,30 @@ def _sum_of_others(xp: Any, x: Array, is_top: Array) -> Array:
 
 def _like_logits(xp: Any, call: Call, x: Array) -> Array:
     return xp.astype(xp.moveaxis(x, -1, call.axis), call.logits.dtype)
+
+
+def _linear(call: LinearCall) -> tuple[Array, tuple[Array | None, ...]]:
+    xp, loss = array_namespace(call.inputs), call.loss
+    dtype = xp.float64 if call.inputs.dtype == xp.float64 else xp.float32
+    x, weight = xp.astype(call.inputs, dtype), xp.astype(call.weight, dtype)
+    ignored = xp.zeros(x.shape[:-1], dtype=xp.bool)
+    if loss.target.ndim < loss.logits.ndim:
+        ignored = _equal(xp, loss.target, loss.ignore_index)
+    x = xp.where(ignored[..., None], 0.0, x)  # not read: it may hold NaN
+    logits = xp.matmul(x, weight.T)
+    if call.bias is not None:
+        logits = logits + xp.astype(call.bias, dtype)
+    value, g, _ = _loss(loss._replace(logits=logits))
+    if g is None:
+        return value, (None, None, None)
+    d_inputs = xp.where(ignored[..., None], 0.0, xp.matmul(g, weight))
+    n_rows = math.prod(ignored.shape)
+    g, x = xp.reshape(g, (n_rows, g.shape[-1])), xp.reshape(x, (n_rows, x.shape[-1]))
+    grads = (d_inputs, xp.matmul(g.T, x), None if call.bias is None else xp.sum(g, axis=0))
+    dtypes = (call.inputs.dtype if out is None else out.dtype for out in call.grad_out)
+    return value, tuple(
+        None if grad is None else xp.astype(grad, dtype) for grad, dtype in zip(grads, dtypes, strict=True)
+    )
 
 
 def _softmax(call: Call) -> Array:

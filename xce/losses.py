@@ -6,16 +6,25 @@ import math
 from typing import Any, Literal, TypeAlias
 
 from xce import _check as check
-from xce._call import Array, LogitStats, finish, normalise, normalise_distillation, normalise_map
+from xce._call import (
+    Array,
+    LogitStats,
+    finish,
+    finish_linear,
+    normalise,
+    normalise_distillation,
+    normalise_linear,
+    normalise_map,
+)
 from xce._dispatch import owner_of
 from xce._docs import documented_like
 from xce._elements import LABELS, SIGNS, normalise_elements
 
 __all__ = [
     "LogitStats", "asymmetric_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits", "cross_entropy",
-    "distillation_loss", "focal_loss", "generalized_cross_entropy", "kl_div", "log_softmax", "logit_stats",
-    "logsumexp", "multilabel_soft_margin_loss", "nll_loss", "poly_loss", "sigmoid_focal_loss", "soft_margin_loss",
-    "softmax",
+    "distillation_loss", "focal_loss", "generalized_cross_entropy", "kl_div", "linear_cross_entropy", "log_softmax",
+    "logit_stats", "logsumexp", "multilabel_soft_margin_loss", "nll_loss", "poly_loss", "sigmoid_focal_loss",
+    "soft_margin_loss", "softmax",
 ]  # fmt: skip
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
@@ -1212,3 +1221,144 @@ def logit_stats(
     )
     # fmt: on
     return LogitStats(*map(owner.wrap, owner.run(call)))
+
+
+def linear_cross_entropy(
+    inputs: Array,
+    linear_weight: Array,
+    target: Array | int,
+    *,
+    linear_bias: Array | None = None,
+    chunk_rows: int | None = None,
+    weight: Array | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    where: Array | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    reduction: Reduction = "mean",
+    sample_weight: Array | None = None,
+    return_grad: bool = False,
+    grad_out: tuple[Array | None, Array | None, Array | None] | None = None,
+    n_threads: int | None = None,
+    validate: bool = True,
+) -> Any:
+    r"""Cross-entropy of a linear layer's logits, which are never in memory all at once.
+
+    With inputs :math:`x_i`, the layer's weights :math:`W` and bias :math:`b`, and :math:`\ell_i` the loss that
+    `cross_entropy` gives row :math:`i` of the logits :math:`z_i = W x_i + b`, its reduction included,
+
+    .. math::
+
+        \ell = \sum_i \ell_i, \qquad g_i = \frac{\partial \ell_i}{\partial z_i}, \qquad
+        \frac{\partial \ell}{\partial x_i} = W^\top g_i, \qquad
+        \frac{\partial \ell}{\partial W} = \sum_i g_i x_i^\top, \qquad
+        \frac{\partial \ell}{\partial b} = \sum_i g_i .
+
+    The rows go through the layer in chunks, and each chunk of logits is overwritten by its gradient.
+
+    Parameters
+    ----------
+    inputs : array of float16, bfloat16, float32 or float64, of shape (..., D)
+        Features, of any number of rows. 16-bit arrays are computed in float32.
+    linear_weight : array of the dtype of `inputs`, of shape (C, D)
+        The layer's weights, a row for each class, as PyTorch stores them.
+    target : array
+        Class indices: any integer dtype, the shape of `inputs` without the last axis (an int will do for
+        inputs of shape (D,)). Or probabilities: any floating dtype, of shape (..., C), not negative; rows need
+        not sum to 1.
+    linear_bias : array of the dtype of `inputs`, of shape (C,), optional
+        The layer's bias; -inf removes a class.
+    chunk_rows : int, optional
+        The number of rows whose logits are in memory at a time. None: as many as fit into 128 MiB, at least
+        one.
+    weight : array of shape (C,), optional
+        Class weights of the loss, floating, finite and not negative.
+    ignore_index : int, default -100
+        Rows with this label count nothing, and nothing is computed for them. Any int64, also a class. Without
+        effect on probabilities.
+    label_smoothing : float, default 0.0
+        The share of the target, in [0, 1], that is spread evenly over the classes.
+    where : array of bool, broadcastable to (..., C), optional
+        False removes a class: its logit gets probability and gradient 0 and no share of the smoothing.
+    temperature : float, default 1.0
+        The logits are divided by it, after `softcap`.
+    softcap : float, optional
+        Replaces the logits by ``softcap * tanh(logits / softcap)``; -inf stays -inf.
+    z_loss : float, default 0.0
+        Adds ``z_loss * lse**2`` to the loss of a row, as in `cross_entropy`.
+    reduction : {"mean", "sum", "none"}, default "mean"
+        As in `cross_entropy`; "mean" divides by the denominator of all rows. With "none" the gradients of
+        `linear_weight` and `linear_bias` are those of the sum of the rows.
+    sample_weight : array, optional
+        Row weights, floating, finite and not negative, broadcastable to the shape of `inputs` without the last
+        axis.
+    return_grad : bool, default False
+        Also return the gradients by `inputs`, `linear_weight` and `linear_bias`.
+    grad_out : tuple of three arrays or None, optional
+        Arrays of the shapes and dtypes of `inputs`, `linear_weight` and `linear_bias` to write the gradients
+        to, or None for a new one. The first may be `inputs`, which is overwritten; any other shared memory is
+        an error. The other two may be of float32 where the parameters have 16 bits.
+    n_threads : int, optional
+        Upper bound on the number of threads of the loss. Those of the matrix products are the BLAS library's.
+    validate : bool, default True
+        False skips the checks that read the data: labels, probabilities and weights. A bad label then makes
+        its row NaN.
+
+    Returns
+    -------
+    scalar or array, or tuple of it and a tuple of arrays
+        The loss in nats (float32, or float64 for float64 inputs), or ``(loss, (d_inputs, d_weight, d_bias))``,
+        the gradients of the shapes and dtypes of what they belong to; `d_bias` is None without a bias. All
+        arrays are of the kind and on the device of `inputs`.
+
+    Raises
+    ------
+    LabelError
+        A label is neither a class nor `ignore_index`.
+    TypeError
+        An argument is of the wrong kind or dtype, or the arrays come from different libraries.
+    ValueError
+        An option or shape is not allowed, a probability or weight is negative or NaN, or a buffer does not
+        fit.
+
+    Notes
+    -----
+    Beyond its outputs a call needs the memory of a chunk and some 30 MiB, whatever the sizes; arrays of libraries
+    that have no kernels are computed at once. The products depend in their last digits on the BLAS
+    library, its threads and `chunk_rows`, and so does the result.
+
+    16-bit gradients of the parameters are rounded after each chunk; with many chunks, give buffers of float32.
+
+    What is not finite in `linear_weight` makes the gradients of all inputs NaN, as it does in the product. The
+    other edges are those of `cross_entropy`. An error leaves every buffer untouched.
+
+    References
+    ----------
+    .. [1] E. Wijmans et al., "Cut your losses in large-vocabulary language models", arXiv:2411.09009 (2024).
+    .. [2] P.-L. Hsu et al., "Liger Kernel: efficient Triton kernels for LLM training", arXiv:2410.10989 (2024)
+       (chunks of rows, with gradients in place of logits).
+
+    Examples
+    --------
+    >>> import numpy as np, xce
+    >>> x = np.array([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+    >>> w = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0]])
+    >>> labels = np.array([0, 1, 2])
+    >>> loss, (dx, dw, db) = xce.linear_cross_entropy(x, w, labels, return_grad=True)
+    >>> print(f"{loss:.6f} {xce.cross_entropy(x @ w.T, labels):.6f}")
+    0.817669 0.817669
+    >>> print(np.round(dw, 4), db)
+    [[-0.146   0.1053]
+     [ 0.1104 -0.3075]
+     [-0.0333  0.1384]
+     [ 0.0689  0.0638]] None
+    """
+    owner = owner_of(inputs, "inputs")
+    call = normalise_linear(
+        owner, inputs, linear_weight, target, linear_bias, chunk_rows, weight, sample_weight, where, grad_out,
+        ignore_index=ignore_index, label_smoothing=label_smoothing, temperature=temperature, softcap=softcap,
+        z_loss=z_loss, reduction=reduction, return_grad=return_grad, n_threads=n_threads, validate=validate,
+    )  # fmt: skip
+    return finish_linear(owner, call, owner.run_linear(call))

@@ -32,11 +32,24 @@ def no_target(_logits: Array) -> tuple[()]:
     return ()
 
 
+def layer_arguments(shape: tuple[int, ...], dtype: str = "float32") -> tuple[Array, Array, Array]:
+    """Inputs, weights and class labels of a linear layer; `shape` is (rows, width, classes)."""
+    rows, width, classes = shape
+    weight = np.random.default_rng(4).standard_normal((classes, width), np.float32) / np.float32(width**0.5)
+    labels = np.random.default_rng(1).integers(0, classes, rows)
+    return make_logits((rows, width), dtype), weight.astype(numpy_dtype(dtype), copy=False), labels
+
+
+# name -> what makes the arrays of a loss that begins with a layer
+LAYERS: dict[str, Callable[..., tuple[Array, ...]]] = {"linear_cross_entropy": layer_arguments}
+
 # name -> what makes the arguments after the logits. Losses come by themselves: they return gradients, of class labels.
 LOSSES: dict[str, Callable[[Array], tuple[Array, ...]]] = {
     name: class_labels
     for name in xce.__all__
-    if inspect.isfunction(getattr(xce, name)) and "return_grad" in inspect.signature(getattr(xce, name)).parameters
+    if inspect.isfunction(getattr(xce, name))
+    and "return_grad" in inspect.signature(getattr(xce, name)).parameters
+    and name not in LAYERS
 }
 TRANSFORMS: dict[str, Callable[[Array], tuple[Array, ...]]] = {
     "softmax": no_target,
@@ -85,6 +98,15 @@ def loss_call(loss: str, logits: Array, returns: str) -> Callable[..., Any]:
     if "hess" in returns:
         options |= {"return_hess": True, "hess_out": np.full_like(logits, 1)}
     return partial(public(loss), logits, *LOSSES[loss](logits), **options)
+
+
+def layer_call(loss: str, shape: tuple[int, ...], dtype: str, returns: str) -> Callable[..., Any]:
+    """A call of a loss that begins with a layer, into buffers made, and touched, here."""
+    inputs, weight, labels = LAYERS[loss](shape, dtype)
+    options: dict[str, Any] = {}
+    if "grad" in returns:
+        options = {"return_grad": True, "grad_out": (np.full_like(inputs, 1), np.full_like(weight, 1), None)}
+    return partial(public(loss), inputs, weight, labels, **options)
 
 
 def peak_growth(call: Callable[[], object]) -> int:

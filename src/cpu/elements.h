@@ -8,33 +8,36 @@
 enum { XCE_ELEMENTS = 256 }; /* in a block: of nine arrays, 18 KiB at most */
 
 typedef struct {
-    const scalar *x, *y, *w, *factor; /* w: pos_weight */
+    const scalar *x, *y, *w, *factor; /* w: pos_weight; factor: of all elements, or NULL */
     scalar *value, *grad, *hess;      /* grad and hess may be NULL; grad may be x */
     scalar scale;                     /* of the derivatives */
     parameters with;
 } element_block;
 
+XCE_FN real factored(const element_block *b, int i, real f)
+{
+    return b->factor ? weighted(r_load_scalars(b->factor + i), f) : f;
+}
+
+#define XCE_JET(name) \
+    element_##name(r_load_scalars(b.x + i), r_load_scalars(b.y + i), r_load_scalars(b.w + i), b.with)
 #define XCE_LOOP(name) \
     XCE_CALLED void values_of_##name(const element_block *block) \
     { \
         const element_block b = *block; \
-        for (int i = 0; i < XCE_ELEMENTS; i += XCE_LANES) { \
-            jet f = element_##name(r_load_scalars(b.x + i), r_load_scalars(b.y + i), r_load_scalars(b.w + i), b.with); \
-            r_store_scalars(b.value + i, weighted(r_load_scalars(b.factor + i), f.value)); \
-        } \
+        for (int i = 0; i < XCE_ELEMENTS; i += XCE_LANES) \
+            r_store_scalars(b.value + i, factored(&b, i, XCE_JET(name).value)); \
     } \
     XCE_CALLED void jets_of_##name(const element_block *block) \
     { \
         const element_block b = *block; \
         for (int i = 0; i < XCE_ELEMENTS; i += XCE_LANES) { \
-            jet f = element_##name(r_load_scalars(b.x + i), r_load_scalars(b.y + i), r_load_scalars(b.w + i), b.with); \
-            real factor = r_load_scalars(b.factor + i); \
-            r_store_scalars(b.value + i, weighted(factor, f.value)); \
-            factor = factor * r_set(b.scale); \
+            jet f = XCE_JET(name); \
+            r_store_scalars(b.value + i, factored(&b, i, f.value)); \
             if (b.grad) \
-                r_store_scalars(b.grad + i, weighted(factor, f.d1)); \
+                r_store_scalars(b.grad + i, factored(&b, i, f.d1) * r_set(b.scale)); \
             if (b.hess) \
-                r_store_scalars(b.hess + i, weighted(factor, f.d2)); \
+                r_store_scalars(b.hess + i, factored(&b, i, f.d2) * r_set(b.scale)); \
         } \
     }
 XCE_ELEMENT_LOSSES(XCE_LOOP)
@@ -98,6 +101,29 @@ XCE_CALLED void write_elements(const scalar *from, char *p, ptrdiff_t stride, in
             r_store((storage *)(p + i * (ptrdiff_t)sizeof(storage)), r_load_scalars(from + i));
     for (; i < n; i++)
         s_store((storage *)(p + i * stride), from[i]);
+}
+
+/* In sixteen lanes of double, whatever the width of the machine. */
+XCE_CALLED double sum_of_elements(const scalar *a, int n)
+{
+    typedef double four __attribute__((vector_size(32)));
+    typedef scalar narrow_four __attribute__((vector_size(4 * sizeof(scalar))));
+    four sums[4] = {{0}, {0}, {0}, {0}};
+    double lanes[16];
+    int i = 0;
+    for (; i + 16 <= n; i += 16) {
+        narrow_four b[4];
+        memcpy(b, a + i, sizeof b);
+        for (int k = 0; k < 4; k++)
+            sums[k] += __builtin_convertvector(b[k], four);
+    }
+    memcpy(lanes, sums, sizeof lanes);
+    for (int k = 0; i + k < n; k++)
+        lanes[k] += a[i + k];
+    for (int half = 8; half; half /= 2)
+        for (int k = 0; k < half; k++)
+            lanes[k] += lanes[k + half];
+    return lanes[0];
 }
 
 /* the first of n numbers that is not in low..high, or n; if `finite`, infinities are not, either */

@@ -28,6 +28,7 @@ cdef extern from "cpu/elements.h" nogil:
     const element_loop *ELEMENT_JETS
     void read_elements(scalar *to, const char *p, Py_ssize_t stride, int n, int kind)
     void write_elements(const scalar *from_, char *p, Py_ssize_t stride, int n)
+    double sum_of_elements(const scalar *a, int n)
     int first_outside(const scalar *a, int n, scalar low, scalar high, bint finite)
 
 cdef enum:
@@ -157,7 +158,7 @@ cdef double element_unit(const Elements *job, Py_ssize_t index) noexcept nogil:
                 in_[k] = read_block(&job.walks[k], flat, n, &buffers[k][0])
         block.x, block.y, block.w, block.factor = in_[E_X], in_[E_Y], in_[E_POS_WEIGHT], in_[E_WEIGHT]
         if job.walks[E_WEIGHT].data == NULL:
-            block.factor = in_[E_SAMPLE]
+            block.factor = in_[E_SAMPLE] if job.walks[E_SAMPLE].data != NULL else NULL
         elif job.walks[E_SAMPLE].data != NULL:
             for i in range(ELEMENTS):
                 buffers[E_WEIGHT][i] = in_[E_WEIGHT][i] * in_[E_SAMPLE][i]
@@ -169,7 +170,7 @@ cdef double element_unit(const Elements *job, Py_ssize_t index) noexcept nogil:
             block.value = out[E_VALUE]
         block.grad, block.hess = out[E_GRAD], out[E_HESS]
         job.loop(&block)
-        total += sum_of_scalars(block.value, n)
+        total += sum_of_elements(block.value, n)
         if job.row:
             for i in range(n):
                 in_row += block.value[i]
@@ -192,19 +193,6 @@ cdef void write_values(const Walk *w, Py_ssize_t flat, int n, const scalar *valu
     cdef int i
     for i in range(n):
         to[i] = values[i]
-
-
-cdef double sum_of_scalars(const scalar *a, int n) noexcept nogil:
-    cdef double lanes[8]
-    cdef int i, k, whole = n - n % 8
-    for k in range(8):
-        lanes[k] = 0
-    for i in range(0, whole, 8):
-        for k in range(8):
-            lanes[k] += a[i + k]
-    for k in range(n - whole):
-        lanes[k] += a[whole + k]
-    return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]))
 
 
 ELEMENT_FORMULAS = {(<bytes>ELEMENT_NAMES[_i]).decode(): _i for _i in range(ELEMENT_COUNT)}

@@ -6,9 +6,9 @@ from typing import Any
 
 from xce import _reference
 from xce._backends._scan import scan_labels, scan_values
-from xce._call import Call
+from xce._call import Call, LinearCall
 
-__all__ = ["run", "scan_labels", "scan_values", "view", "wrap"]
+__all__ = ["run", "run_linear", "scan_labels", "scan_values", "view", "wrap"]
 
 
 def view(x: Any, name: str) -> Any:
@@ -30,6 +30,12 @@ def run(call: Call) -> Any:
         return _fill(call.grad_out, result)
     loss, grad, hess = result
     return loss, _fill(call.grad_out, grad), _fill(call.hess_out, hess)
+
+
+def run_linear(call: LinearCall) -> Any:
+    """Compute `call` by the reference and fill the caller's buffers."""
+    loss, grads = _reference.run_linear(call)
+    return loss, tuple(_fill(buffer, grad) for buffer, grad in zip(call.grad_out, grads, strict=True))
 
 
 def _fill(buffer: Any, value: Any) -> Any:

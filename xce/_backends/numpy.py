@@ -10,10 +10,10 @@ import numpy as np
 
 from xce import _cpu, _threads
 from xce._backends import _scan
-from xce._call import Call, LogitStats, dtype_name
+from xce._call import Call, LinearCall, LogitStats, dtype_name
 from xce._elements import ElementCall
 
-__all__ = ["run", "scan_labels", "scan_values", "view", "wrap"]
+__all__ = ["run", "run_linear", "scan_labels", "scan_values", "view", "wrap"]
 
 # what `run` of the kernels is to compute
 _LOSS, _SOFTMAX, _LOG_SOFTMAX, _LOGSUMEXP, _STATS, _STATE, _NLL = range(7)
@@ -80,6 +80,13 @@ def run(call: Any) -> Any:
     if scalar is not _FLOAT64 and not _is_plain(call) and _is_beyond_float32(call):
         return _in_wider(call, _FLOAT64)
     return _RUN[call.op](call, kernels, scalar)
+
+
+def run_linear(call: LinearCall) -> Any:
+    """Compute `call`."""
+    from xce._backends import _linear  # needs this module
+
+    return _linear.run(call)
 
 
 def _load(dtype: np.dtype[Any]) -> tuple[ModuleType, np.dtype[Any]]:

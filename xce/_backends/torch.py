@@ -9,9 +9,9 @@ import torch
 
 from xce._backends import cupy
 from xce._backends._scan import BFLOAT16
-from xce._backends.numpy import run, scan_labels, scan_values
+from xce._backends.numpy import run, run_linear, scan_labels, scan_values
 
-__all__ = ["run", "scan_labels", "scan_values", "view", "wrap"]
+__all__ = ["run", "run_linear", "scan_labels", "scan_values", "view", "wrap"]
 
 
 def view(x: Any, name: str) -> Any:
