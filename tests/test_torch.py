@@ -271,6 +271,7 @@ ACCEPTED = {
     "no row, by row": ("cross_entropy", (X[:0], LABELS[:0]), {"reduction": "none"}),
     "no element": ("binary_cross_entropy_with_logits", (X[:0], X[:0]), {}),
     "no element, divergence": ("kl_div", (X[:0], X[:0]), {"reduction": "sum"}),
+    "no element, of two distributions": ("kl_div", (X[:, :0], X[:, :0]), {"reduction": "batchmean"}),
     "one element": ("binary_cross_entropy_with_logits", (X[0, 0], X[0, 0]), {}),
     "one element of 16 bits and its weight": (
         "binary_cross_entropy_with_logits",
@@ -701,6 +702,22 @@ def test_autocast_of_a_layer() -> None:
         assert_close(found, expected, rtol=2**-6, atol=2**-6)  # PyTorch multiplies in bfloat16
         for a, b in zip(*(torch.autograd.grad(value, leaves) for value in (found, expected)), strict=True):
             assert_close(a, b, rtol=2**-6, atol=2**-6)
+
+
+@needs_linear
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_layer_that_is_followed() -> None:
+    leaves, target = layer()
+    leaves = [x.detach() for x in leaves]
+    found, expected = (
+        (
+            torch.func.grad(of_layer(library, target), argnums=(0, 1, 2))(*leaves),
+            torch.func.vmap(of_layer(library, target), in_dims=(None, 0))(leaves[0], torch.stack([leaves[1]] * 2)),
+            torch.compile(of_layer(library, target), backend="eager", fullgraph=True)(*leaves),
+        )
+        for library in (xce.torch, F)
+    )
+    assert_close(found, expected)
 
 
 @needs_linear

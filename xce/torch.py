@@ -35,6 +35,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn._reduction import legacy_get_string
 
 import xce
+from xce.losses import Reduction
 
 __all__ = [
     "BCELoss",
@@ -453,7 +454,7 @@ if hasattr(F, "linear_cross_entropy"):
         target: Tensor,
         *,
         linear_bias: Tensor | None,
-        reduction: str,
+        reduction: Reduction,
         ignore_index: int | None,
         return_grad: bool,
         **options: Any,

@@ -321,7 +321,8 @@ def _elements(call: ElementCall, kernels: ModuleType, scalar: np.dtype[Any]) -> 
     if call.reduction in ("mean", "batchmean"):
         denominator = float(x.size) if sample_weight is None else _sum(sample_weight)
         if call.reduction == "batchmean":
-            denominator /= max(math.prod(x.shape[1:]), 1)
+            per_batch = math.prod(x.shape[1:])
+            denominator = denominator / per_batch if per_batch else float(len(x))
     value, row = None, 0
     if call.reduction == "none":
         value = np.empty(x.shape if axis is None else x.shape[:axis] + x.shape[axis + 1 :], scalar)
