@@ -351,7 +351,8 @@ def _element(call: ElementCall) -> tuple[Array, Array | None, Array | None]:
     if call.reduction == "mean":
         denominator = xp.sum(s)
     elif call.reduction == "batchmean":
-        denominator = xp.sum(s) / (max(math.prod(x.shape[1:]), 1))
+        per_batch = math.prod(x.shape[1:])
+        denominator = xp.sum(s) / per_batch if per_batch else x.shape[0]
     if call.reduction == "none":
         loss = loss if call.axis is None else xp.sum(loss, axis=call.axis) / per_row
     else:

@@ -321,7 +321,8 @@ def _elements(call: ElementCall, kernels: ModuleType, scalar: np.dtype[Any]) -> 
     if call.reduction in ("mean", "batchmean"):
         denominator = float(x.size) if sample_weight is None else _sum(sample_weight)
         if call.reduction == "batchmean":
-            denominator /= max(math.prod(x.shape[1:]), 1)
+            per_batch = math.prod(x.shape[1:])
+            denominator = denominator / per_batch if per_batch else float(len(x))
     value, row = None, 0
     if call.reduction == "none":
         value = np.empty(x.shape if axis is None else x.shape[:axis] + x.shape[axis + 1 :], scalar)
@@ -356,7 +357,7 @@ def _sum(x: Any) -> float:
 
 def _distinct(x: Any) -> Any:
     """Without the repetitions of axes whose stride is 0."""
-    return x[tuple(slice(None) if stride else slice(0, 1) for stride in x.strides)] if x.size else x
+    return x[..., *(slice(None) if stride else slice(0, 1) for stride in x.strides)] if x.size else x
 
 
 _RUN = {
