@@ -170,7 +170,7 @@ def read_floors(x: Array, threads: int) -> dict[str, Call]:
     if x.itemsize == 2:
         flat = flat[: x.size // 4 * 4].view(np.int64)
     calls = {"read (np.sum in threads)": _in_threads(threads, np.sum, flat)}
-    if torch := _torch(threads):
+    if torch := torch_of(threads):
         tensor = torch.from_numpy(flat)
         calls["read (torch.sum)"] = lambda: torch.sum(tensor)
     return calls
@@ -180,7 +180,7 @@ def copy_floors(x: Array, threads: int) -> dict[str, Call]:
     """Ways to copy an array into a buffer that is reused."""
     source, buffer = _bytes(x), np.full_like(_bytes(x), 1)
     calls = {"copy (np.copyto in threads)": _in_threads(threads, np.copyto, buffer, source)}
-    if torch := _torch(threads):
+    if torch := torch_of(threads):
         tensor, into = torch.from_numpy(source), torch.from_numpy(buffer)
         calls["copy (torch copy_)"] = lambda: into.copy_(tensor)
     return calls
@@ -190,7 +190,7 @@ def write_floors(x: Array, threads: int) -> dict[str, Call]:
     """Ways to fill a buffer of the array's size."""
     buffer = np.full_like(_bytes(x), 1)
     calls = {"write (np.copyto in threads)": _in_threads(threads, lambda part: np.copyto(part, 0), buffer)}
-    if torch := _torch(threads):
+    if torch := torch_of(threads):
         into = torch.from_numpy(buffer)
         calls["write (torch fill_)"] = lambda: into.fill_(0)
     return calls
@@ -201,7 +201,7 @@ def _bytes(x: Array) -> Array:
     return x.reshape(-1).view({2: np.int16, 4: np.int32, 8: np.int64}[x.itemsize])
 
 
-def _torch(threads: int) -> Any:
+def torch_of(threads: int) -> Any:
     try:
         import torch
     except ImportError:

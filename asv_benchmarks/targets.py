@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 from benchmarks.common import (
     DTYPES,
     LAYERS,
@@ -18,10 +19,14 @@ from benchmarks.common import (
 )
 from benchmarks.cross_entropy import segmentation_call, variant_call
 from benchmarks.linear import products
+from contenders import copy_floors, torch_of
 from measure import Call, Times, race
+
+import xce
 
 SEGMENTATION = (2, 19, 512, 512)
 LAYER = (512, 512, 32000)  # rows, width, classes
+BINARY = ((1024, 1000), (16384, 1000))  # in a second-level cache or nearly so, and far from it
 
 
 class Target(NamedTuple):
@@ -53,6 +58,7 @@ def option_targets(shape: tuple[int, int], threads: int, rounds: int) -> Iterato
         yield from _threads(shape, returns, where, threads, rounds)
         yield from _segmentation(returns, rounds)
     yield from _layer(rounds)
+    yield from _binary(threads, rounds)
     yield from _memory(shape, threads)
     yield Target("import xce, over NumPy's import", 60, 1e3 * import_seconds(), False, "ms")
 
@@ -108,6 +114,29 @@ def _layer(rounds: int) -> Iterator[Target]:
     times = race({"loss": call, "products": products(inputs, weight)}, rounds)
     ratio = times["loss"].best / times["products"].best
     yield Target(f"{where}: value and both gradients over the three products", 1.15, ratio, False)
+
+
+def _binary(threads: int, rounds: int) -> Iterator[Target]:
+    """Logits and targets are read and a gradient is written: half as many bytes again as a copy moves."""
+    for shape in BINARY:
+        x = make_logits(shape)
+        y = (np.random.default_rng(4).random(shape) < 0.5).astype(x.dtype)
+        options = {"return_grad": True, "grad_out": np.full_like(x, 1)}
+        calls = copy_floors(x, threads)
+        floors = list(calls)
+        calls["xce"] = partial(xce.binary_cross_entropy_with_logits, x, y, **options)
+        calls["unchecked"] = partial(calls["xce"], validate=False)
+        if torch := torch_of(threads):
+            leaf, labels = torch.from_numpy(x).requires_grad_(), torch.from_numpy(y)
+            loss = torch.nn.functional.binary_cross_entropy_with_logits
+            calls["torch"] = lambda: torch.autograd.grad(loss(leaf, labels), leaf)  # noqa: B023
+        times = race(calls, rounds)
+        copy = 1.5 * min(times[name].best for name in floors)
+        where = f"{'x'.join(map(str, shape))} binary grad"
+        yield Target(f"{where}: speed over copying as many bytes", 0.85, copy / times["xce"].best, True)
+        yield Target(f"{where}: the same, validate=False", 0.85, copy / times["unchecked"].best, True)
+        if torch:
+            yield Target(f"{where}: speed over PyTorch", 4, times["torch"].best / times["xce"].best, True)
 
 
 def _memory(shape: tuple[int, int], threads: int) -> Iterator[Target]:

@@ -111,12 +111,12 @@ XCE_CALLED double sum_of_elements(const scalar *a, int n)
     four sums[4] = {{0}, {0}, {0}, {0}};
     double lanes[16];
     int i = 0;
-    for (; i + 16 <= n; i += 16) {
-        narrow_four b[4];
-        memcpy(b, a + i, sizeof b);
-        for (int k = 0; k < 4; k++)
-            sums[k] += __builtin_convertvector(b[k], four);
-    }
+    for (; i + 16 <= n; i += 16)
+        for (int k = 0; k < 4; k++) {
+            narrow_four b;
+            memcpy(&b, a + i + 4 * k, sizeof b);
+            sums[k] += __builtin_convertvector(b, four);
+        }
     memcpy(lanes, sums, sizeof lanes);
     for (int k = 0; i + k < n; k++)
         lanes[k] += a[i + k];
