@@ -252,7 +252,7 @@ XCE_FN scalar s_load(const storage *p)
     return _cvtsh_ss(*p);
 #else
     uint32_t magnitude = (uint32_t)(*p & 0x7fff) << 13, sign = (uint32_t)(*p & 0x8000) << 16;
-    float a;
+    float a = 0;
     if (magnitude >= 0x0f800000) { /* inf and NaN */
         magnitude |= 0x7f800000 | (magnitude > 0x0f800000 ? 0x00400000 : 0);
         memcpy(&a, &magnitude, sizeof a);

@@ -76,9 +76,10 @@ def normalise_elements(
         if target_range is not None and check.dtype_name(target.dtype) != "bool":
             check.values(owner, target, "target", *target_range)
     factors = {"weight": weight, "pos_weight": pos_weight, "sample_weight": sample_weight}
-    for key, factor in factors.items():
-        if factor is not None:
-            factors[key] = _factor(owner, view(owner, first, factor, key, name), key, x, name, axis, validate)
+    if not (weight is pos_weight is sample_weight is None):
+        for key, factor in factors.items():
+            if factor is not None:
+                factors[key] = _factor(owner, view(owner, first, factor, key, name), key, x, name, axis, validate)
     return_grad, return_hess = check.flag("return_grad", return_grad), check.flag("return_hess", return_hess)
     if not (grad_out is hess_out is None):
         grad_out = None if grad_out is None else view(owner, first, grad_out, "grad_out", name)

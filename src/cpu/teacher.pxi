@@ -97,12 +97,11 @@ cdef inline Label index_at(const Job *job, const Tile *tile, int i, Py_ssize_t j
 
 
 cdef void sum_sparse(const Job *job, const View *v, real *sums) noexcept nogil:
-    cdef Job places = job[0]
-    places.n_classes = job.teacher.n_classes
+    """Over the teacher's classes, whose number its job has; all else is the student's."""
     if job.wide:
-        reduce(&places, v, True, FULL, SUM_SPARSE, FORGET, sums)
+        reduce(job.teacher, v, True, FULL, SUM_SPARSE, FORGET, sums)
     else:
-        reduce(&places, v, False, FULL, SUM_SPARSE, FORGET, sums)
+        reduce(job.teacher, v, False, FULL, SUM_SPARSE, FORGET, sums)
 
 
 cdef void write_sparse(const Job *job, const Tile *tile, const View *v, int row) noexcept nogil:

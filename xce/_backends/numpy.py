@@ -148,8 +148,8 @@ def _loss(call: Call, kernels: ModuleType, scalar: np.dtype[Any]) -> Any:
     if value is not None:
         return value, grad, hess
     if reduction == "mean":
-        total = total / denominator if denominator else float("nan")
-    return _rounded(total, scalar) if abs(total) > _LARGEST else scalar.type(total), grad, hess
+        total = total / denominator if denominator else math.nan
+    return _scalar(total, scalar), grad, hess
 
 
 def _common(a: np.dtype[Any], b: np.dtype[Any]) -> np.dtype[Any]:
@@ -159,7 +159,10 @@ def _common(a: np.dtype[Any], b: np.dtype[Any]) -> np.dtype[Any]:
     return _FLOAT64 if _FLOAT64 in (a, b) else _FLOAT32
 
 
-def _rounded(total: float, scalar: np.dtype[Any]) -> Any:
+def _scalar(total: float, scalar: np.dtype[Any]) -> Any:
+    """A reduced loss in its type, infinite if that does not hold it."""
+    if abs(total) <= _LARGEST:
+        return scalar.type(total)
     with np.errstate(over="ignore"):
         return np.float64(total).astype(scalar)
 
@@ -304,15 +307,18 @@ def _state(call: Call, kernels: ModuleType, scalar: np.dtype[Any]) -> tuple[Any,
 
 def _elements(call: ElementCall, kernels: ModuleType, scalar: np.dtype[Any]) -> Any:
     x, y, axis = call.logits, call.target, call.axis
-    weights = call.pos_weight, call.weight, call.sample_weight
-    if scalar is not _FLOAT64 and _has_beyond(*weights):
-        return _in_wider(call, _FLOAT64)
+    pos_weight, weight, sample_weight = call.pos_weight, call.weight, call.sample_weight
+    if not (pos_weight is weight is sample_weight is None):
+        if scalar is not _FLOAT64 and _has_beyond(pos_weight, weight, sample_weight):
+            return _in_wider(call, _FLOAT64)
+        pos_weight, weight, sample_weight = (
+            w if w is None else _cast_broadcast(w, scalar) for w in (pos_weight, weight, sample_weight)
+        )
     kind = 0
     if y.dtype != x.dtype:
         kind = _NUMBER_KINDS.get(y.dtype, 0)
         if not kind:  # the other type of 16 bits
             y, kind = _cast(y, scalar), _NUMBER_KINDS[scalar]
-    pos_weight, weight, sample_weight = (w if w is None else _cast_broadcast(w, scalar) for w in weights)
     grad = np.empty_like(x, subok=False) if call.return_grad and call.grad_out is None else call.grad_out
     hess = np.empty_like(x, subok=False) if call.return_hess and call.hess_out is None else call.hess_out
 
@@ -328,18 +334,19 @@ def _elements(call: ElementCall, kernels: ModuleType, scalar: np.dtype[Any]) -> 
         value = np.empty(x.shape if axis is None else x.shape[:axis] + x.shape[axis + 1 :], scalar)
         row = 0 if axis is None else per_row
 
-    def placed(a: Any) -> Any:  # the classes last, for the means of rows
-        return a if a is None or axis is None else np.moveaxis(a, axis, -1)
-
-    total = 0.0
-    if x.size:
+    operands = [x, y, pos_weight, weight, sample_weight, grad, hess]
+    if axis is not None:  # the classes last, for the means of rows
+        operands = [a if a is None else np.moveaxis(a, axis, -1) for a in operands]
+    x, y, *weights, grad_at, hess_at = operands
+    total, size = 0.0, x.size
+    if size:
         total = kernels.run_elements(
-            kernels.ELEMENT_FORMULAS[call.formula], call.params, placed(x), placed(y), kind, placed(pos_weight),
-            placed(weight), placed(sample_weight), 1.0 / denominator if denominator else 0.0, row, value,
-            placed(grad), placed(hess), 1 if x.size < _threads.SERIAL_BELOW else _threads.team(call.n_threads, x.size),
+            kernels.ELEMENT_FORMULAS[call.formula], call.params, x, y, kind, *weights,
+            1.0 / denominator if denominator else 0.0, row, value, grad_at, hess_at,
+            1 if size < _threads.SERIAL_BELOW else _threads.team(call.n_threads, size),
         )  # fmt: skip
     if value is None:
-        value = _rounded(total / denominator if denominator else float("nan"), scalar)
+        value = _scalar(total / denominator if denominator else math.nan, scalar)
     return value, grad, hess
 
 
