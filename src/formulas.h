@@ -118,7 +118,7 @@ enum {
 };
 
 #define XCE_NAME(name) #name,
-static const char *const XCE_PHI_NAMES[] __attribute__((unused)) = {XCE_SOFTMAX_LOSSES(XCE_NAME) XCE_DIVERGENCES(XCE_NAME)};
+XCE_NAMES XCE_PHI_NAMES[] = {XCE_SOFTMAX_LOSSES(XCE_NAME) XCE_DIVERGENCES(XCE_NAME)};
 
 XCE_FN jet loss_phi(int phi, log_prob at, scalar parameter)
 {
@@ -258,7 +258,7 @@ XCE_FN jet element_kl_div_log_target(real u, real v, real w, parameters with)
     LOSS(binary_cross_entropy) LOSS(binary_cross_entropy_with_logits) LOSS(sigmoid_focal_loss) LOSS(asymmetric_loss) \
     LOSS(soft_margin_loss) LOSS(kl_div) LOSS(kl_div_log_target)
 
-static const char *const XCE_ELEMENT_NAMES[] __attribute__((unused)) = {XCE_ELEMENT_LOSSES(XCE_NAME)};
+XCE_NAMES XCE_ELEMENT_NAMES[] = {XCE_ELEMENT_LOSSES(XCE_NAME)};
 
 /* ---- a row ---------------------------------------------------------------------------------------------------------- */
 
