@@ -120,7 +120,7 @@ enum {
 #define XCE_NAME(name) #name,
 XCE_NAMES XCE_PHI_NAMES[] = {XCE_SOFTMAX_LOSSES(XCE_NAME) XCE_DIVERGENCES(XCE_NAME)};
 
-XCE_FN jet loss_phi(int phi, log_prob at, scalar parameter)
+XCE_PART jet loss_phi(int phi, log_prob at, scalar parameter)
 {
     switch (phi) {
     default:
@@ -322,7 +322,7 @@ typedef struct {
     real grad_top, hess_top, grad_label, hess_label;
 } row_result;
 
-XCE_FN row_result row_finish(row_state s, row_target t, int phi, scalar parameter)
+XCE_PART row_result row_finish(row_state s, row_target t, int phi, scalar parameter)
 {
     const real zero = r_set(0);
     log_prob at_top = row_top(s), at_label = row_entry(s, t.label_logit);
@@ -358,7 +358,7 @@ typedef struct {
     scalar softcap, temperature; /* softcap 0: none */
 } logit_transform;
 
-XCE_FN real transform_logit(logit_transform t, real x) /* softcap tanh(x / softcap) / temperature; infinities stay */
+XCE_PART real transform_logit(logit_transform t, real x) /* softcap tanh(x / softcap) / temperature; infinities stay */
 {
     if (t.softcap != 0) {
         real capped = r_set(t.softcap) * r_tanh(x / r_set(t.softcap));
@@ -368,7 +368,7 @@ XCE_FN real transform_logit(logit_transform t, real x) /* softcap tanh(x / softc
 }
 
 /* Derivatives with respect to the raw logit, of a loss whose derivatives by the transformed one are g and h. */
-XCE_FN void transform_derivatives(logit_transform t, real x, real *g, real *h)
+XCE_PART void transform_derivatives(logit_transform t, real x, real *g, real *h)
 {
     real d1 = r_set(1), d2 = r_set(0), inverse = r_set(1) / r_set(t.temperature);
     if (t.softcap != 0) {

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #define XCE_FN static inline __attribute__((always_inline, unused))
+#define XCE_PART XCE_FN /* elsewhere too much to be compiled in many places */
 #define XCE_TABLE static const
 #define XCE_NAMES static const char *const __attribute__((unused))
 #define XCE_CALLED static __attribute__((noinline, unused)) /* long, and not where the time goes */

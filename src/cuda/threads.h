@@ -3,14 +3,17 @@
 #define XCE_THREADS_H
 
 #define XCE_FN static __device__ __forceinline__
+#define XCE_PART static __device__ __noinline__ /* compile time; what matters calls none of them for each entry */
 #define XCE_TABLE static __device__ const
 #define XCE_NAMES static __device__ const char *const
 
+#if !defined(XCE_EMULATED)
 typedef unsigned short uint16_t;
 typedef int int32_t;
 typedef unsigned int uint32_t;
 typedef long long int64_t;
 typedef unsigned long long uint64_t;
+#endif
 
 #if defined(XCE_STORAGE_float64)
 typedef double scalar;
@@ -56,6 +59,57 @@ XCE_FN rmask r_is_nan(real a) { return a != a; }
 XCE_FN real r_select(rmask m, real a, real b) { return m ? a : b; }
 XCE_FN real r_max(real a, real b) { return a > b ? a : b; } /* b where either is NaN, as on a CPU */
 XCE_FN real r_remainder(real a, real q, real b) { return r_fma(-q, b, a); }
+
+/* ---- clusters: blocks that see each other's shared memory, from compute capability 9.0 on ------------------------------- */
+
+#if !defined(XCE_EMULATED) /* by tests/emulation.h */
+#define XCE_SHARED(type, name) __shared__ type name
+#define XCE_SHARED_ARRAY(type, name) extern __shared__ type name[]
+#define XCE_KERNEL(cluster) XCE_PASTE(XCE_KERNEL_, cluster)
+#define XCE_PASTE(a, b) XCE_PASTED(a, b)
+#define XCE_PASTED(a, b) a##b
+#define XCE_KERNEL_1 extern "C" __global__ void
+#if __CUDA_ARCH__ >= 900
+#define XCE_KERNEL_2 extern "C" __global__ void __cluster_dims__(2)
+#define XCE_KERNEL_4 extern "C" __global__ void __cluster_dims__(4)
+#define XCE_KERNEL_8 extern "C" __global__ void __cluster_dims__(8)
+XCE_FN int cluster_rank()
+{
+    int rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+XCE_FN void cluster_barrier()
+{
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+template <class T> XCE_FN const T *cluster_address(const T *mine, int rank) /* of the same variable in another block */
+{
+    const T *theirs;
+    asm("mapa.u64 %0, %1, %2;" : "=l"(theirs) : "l"(mine), "r"(rank));
+    return theirs;
+}
+#else
+#define XCE_KERNEL_2 XCE_KERNEL_1
+#define XCE_KERNEL_4 XCE_KERNEL_1
+#define XCE_KERNEL_8 XCE_KERNEL_1
+XCE_FN int cluster_rank() { return 0; } /* never called: the backend does not choose clusters there */
+XCE_FN void cluster_barrier() {}
+template <class T> XCE_FN const T *cluster_address(const T *mine, int) { return mine; }
+#endif
+XCE_FN float half_to_float(uint16_t a)
+{
+    float b;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(b) : "h"(a));
+    return b;
+}
+XCE_FN uint16_t float_to_half(float a)
+{
+    uint16_t b;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(b) : "f"(a));
+    return b;
+}
+#endif
 
 /* 16-bit floats, rounded to the nearest, ties to even */
 #if defined(XCE_STORAGE_bfloat16)

@@ -1,0 +1,40 @@
+/* What is computed, on which arrays: one argument of the kernels, filled in by xce/_backends/_cuda.py, which lists the same
+ * fields in the same order. Every field has 8 bytes, so that nobody has to think of padding. */
+#ifndef XCE_JOB_H
+#define XCE_JOB_H
+
+enum { XCE_AXES = 8 }; /* of rows, after neighbours were joined */
+
+enum { LOSS, SOFTMAX, LOG_SOFTMAX, LOGSUMEXP, STATS, STATE, NLL };    /* what */
+enum { ACTIVE, IGNORED, INVALID };                                    /* a row */
+
+typedef struct {
+    char *data;                /* NULL: there is none */
+    int64_t classes;           /* bytes from a class to the next */
+    int64_t rows[XCE_AXES];    /* bytes from a row to the next, along each axis of rows */
+} operand;
+
+typedef struct {
+    operand x, q, where, grad, hess, label, indices, sample, value, label_logit, top, rank, spread, linear;
+    const scalar *weight;
+    const double *denominator; /* of the mean, on the device; NULL: 1 */
+    int64_t n_rows, n_classes, n_places, axes, shape[XCE_AXES];
+    int64_t what, phi, label_kind, index_kind, ignore_index, dense, teacher, q_is_scalar, cached;
+    double parameter, label_smoothing, temperature, softcap, z_loss;
+} row_job;
+
+typedef struct {
+    char *data;
+    int64_t kind;              /* of its numbers: 0 is `storage`, see elements.cu */
+    int64_t strides[XCE_AXES];
+} element_operand;
+
+typedef struct {
+    element_operand x, y, pos_weight, weight, sample, value, grad, hess;
+    const double *denominator;
+    double scale;              /* of the derivatives, besides the denominator */
+    int64_t n, formula, axes, shape[XCE_AXES];
+    double with[3];
+} element_job;
+
+#endif
