@@ -1,0 +1,347 @@
+"""Losses on a GPU: which kernel computes a call, and the one argument that tells it everything.
+
+Nothing here touches a GPU: a `Device` has the memory and launches the kernels. That of `xce._backends.cupy` is CuPy;
+the tests have one that runs the same kernels on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from functools import cache
+from importlib.resources import files
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from xce._call import Call, LogitStats
+
+AXES = 8  # of rows; XCE_AXES of job.h
+_WHAT = {"loss": 0, "softmax": 1, "log_softmax": 2, "logsumexp": 3, "stats": 4, "state": 5, "nll": 6}
+_PHIS = ("cross_entropy", "focal_loss", "poly_loss", "generalized_cross_entropy", "forward", "reverse", "js")
+_NO_PHI = 0
+
+_I8, _F8 = np.int64, np.float64
+OPERAND = np.dtype([("data", _I8), ("classes", _I8), ("rows", _I8, AXES)])
+_OPERANDS = (
+    "x", "q", "where", "grad", "hess", "label", "indices", "sample", "value", "label_logit", "top", "rank", "spread",
+    "linear",
+)  # fmt: skip
+# fmt: off
+ROW_JOB = np.dtype(
+    [(name, OPERAND) for name in _OPERANDS]
+    + [("weight", _I8), ("denominator", _I8)]
+    + [(name, _I8) for name in ("n_rows", "n_classes", "n_places", "axes")]
+    + [("shape", _I8, AXES)]
+    + [(name, _I8) for name in ("what", "phi", "label_kind", "index_kind", "ignore_index", "dense", "teacher",
+                                "q_is_scalar", "cached")]
+    + [(name, _F8) for name in ("parameter", "label_smoothing", "temperature", "softcap", "z_loss")]
+)
+SUM_JOB = np.dtype(
+    [(name, OPERAND) for name in ("label", "sample", "value")]
+    + [(name, _I8) for name in ("weight", "partials", "result", "loss", "denominator", "n_rows", "n_classes", "axes")]
+    + [("shape", _I8, AXES), ("label_kind", _I8), ("ignore_index", _I8)]
+)
+# fmt: on
+SUM_BLOCKS, SUM_THREADS = 64, 256
+
+
+class Module(NamedTuple):
+    """One compilation: the text of the kernels with these definitions."""
+
+    storage: str
+    files: tuple[str, ...]
+    definitions: tuple[tuple[str, str], ...] = ()
+
+
+class Device(Protocol):
+    """Memory, and kernels that run on it."""
+
+    shared_bytes: int  # of a block at most
+    has_clusters: bool
+    processors: int
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any: ...
+    def pointer(self, x: Any) -> int: ...
+    def launch(self, module: Module, kernel: str, grid: int, block: tuple[int, int], shared: int, job: Any) -> None: ...
+
+
+class Regime(NamedTuple):
+    """How many threads share a row, and over how many blocks."""
+
+    group: int
+    cluster: int
+    threads: int  # of a block
+
+
+# bytes of a row up to which a regime serves; the figures of FINDINGS for 16-bit logits, in bytes. Not measured yet.
+_REGIMES = (
+    (128, Regime(8, 1, 128)),
+    (256, Regime(16, 1, 128)),
+    (6144, Regime(32, 1, 128)),
+    (12288, Regime(64, 1, 64)),
+    (32768, Regime(128, 1, 128)),
+    (65536, Regime(256, 1, 256)),
+)
+_CLUSTERS = ((131072, Regime(256, 2, 256)), (262144, Regime(256, 4, 256)), (math.inf, Regime(256, 8, 256)))
+_STRIDED = Regime(1, 1, 128)
+
+
+@cache
+def text(*names: str) -> str:
+    """The text of kernels, without the lines that include one file in another: NVRTC gets it in one piece."""
+    root = files("xce") / "_cuda"
+    parts = []
+    for name in names:
+        lines = (root / name).read_text(encoding="utf-8").splitlines()
+        kept = ("" if line.startswith('#include "') else line for line in lines)
+        parts.append(f'#line 1 "{name}"\n' + "\n".join(kept))
+    return "\n".join(parts) + "\n"
+
+
+COMMON = ("cuda/threads.h", "primitives.h", "formulas.h", "cuda/job.h")
+ROWS, SUMS = (*COMMON, "cuda/rows.cu"), (*COMMON, "cuda/rows.cu", "cuda/sums.cu")
+
+
+def choose(device: Device, row_bytes: int, adjacent: bool) -> Regime:
+    """The regime for rows of a size."""
+    if not adjacent:
+        return _STRIDED
+    for limit, regime in _REGIMES:
+        if row_bytes <= limit:
+            return regime
+    if not device.has_clusters:
+        return _REGIMES[-1][1]
+    return next(regime for limit, regime in _CLUSTERS if row_bytes <= limit)
+
+
+class Rows:
+    """The rows of arrays: their shape, after joining neighbouring axes that all arrays walk in one stride."""
+
+    def __init__(self, shape: tuple[int, ...], axis: int, arrays: dict[str, Any]) -> None:
+        full = {name: a for name, a in arrays.items() if a is not None}
+        self.strides: dict[str, list[int]] = {}
+        self.classes: dict[str, int] = {}
+        rows = shape[:axis] + shape[axis + 1 :]
+        for name, a in full.items():
+            strides = list(a.strides)
+            self.classes[name] = strides.pop(axis) if a.ndim > len(rows) else 0
+            self.strides[name] = strides
+        self.shape: list[int] = []
+        joined: dict[str, list[int]] = {name: [] for name in full}
+        for k, n in enumerate(rows):
+            if n == 1:
+                continue
+            if self.shape and all(joined[name][-1] == self.strides[name][k] * n for name in full):
+                self.shape[-1] *= n
+                for name in full:
+                    joined[name][-1] = self.strides[name][k]
+                continue
+            self.shape.append(n)
+            for name in full:
+                joined[name].append(self.strides[name][k])
+        self.strides = joined
+        if not self.shape:
+            self.shape = [1]
+            self.strides = {name: [0] for name in full}
+        if len(self.shape) > AXES:
+            raise ValueError(f"arrays of shape {shape} lie in memory in more than {AXES} pieces that do not join")
+
+    def enter(self, device: Device, job: Any, arrays: dict[str, Any]) -> None:
+        """Write the arrays into a job."""
+        for name, a in arrays.items():
+            if a is not None:
+                job[name]["data"] = device.pointer(a)
+                if name in ("weight", "denominator"):
+                    continue
+                job[name]["classes"] = self.classes[name]
+                job[name]["rows"][: len(self.shape)] = self.strides[name]
+        job["n_rows"], job["axes"] = math.prod(self.shape), len(self.shape)
+        job["shape"][: len(self.shape)] = self.shape
+
+
+def label_kind(dtype: Any) -> int:
+    """The size of an integer type in bytes, negative for a signed one."""
+    return int(dtype.itemsize) * (-1 if dtype.kind == "i" else 1)
+
+
+def storage_name(x: Any) -> str:
+    """The storage type of an array of floats."""
+    return "bfloat16" if x.dtype.kind not in "fd" else str(x.dtype)
+
+
+def run(call: Call, device: Device) -> Any:
+    """Compute a `Call` of rows."""
+    return _loss(call, device) if call.op in ("loss", "nll", "distillation") else _MAPS[call.op](call, device)
+
+
+def _loss(call: Call, device: Device) -> tuple[Any, Any, Any]:
+    logits = call.logits
+    scalar = _scalar(logits)
+    is_index = call.target.ndim < logits.ndim
+    label, q = (call.target, None) if is_index else (None, call.target)
+    grad = _buffer(device, logits, call.grad_out) if call.return_grad else None
+    hess = _buffer(device, logits, call.hess_out) if call.return_hess else None
+    if (
+        call.teacher_indices is not None
+        and call.grad_out is not None
+        and device.pointer(grad) == device.pointer(logits)
+    ):
+        logits = logits.copy()  # the sparse teacher's classes are read again after the rows are written
+    rows = logits.shape[: call.axis] + logits.shape[call.axis + 1 :]
+    value = device.empty(rows, scalar)
+    weight, sample = _factor(call.weight, scalar), call.sample_weight
+    sample = sample if sample is None or sample.dtype == scalar else sample.astype(scalar)
+    if q is not None and q.dtype != logits.dtype:
+        q = q.astype(scalar)
+    total = device.empty((2,), np.float64)
+    loss = device.empty((), scalar)
+    denominator = total[:1] if call.reduction == "mean" else None
+    if denominator is not None:
+        # class weights do not count for probabilities
+        _sum(device, call, label, sample, weight if is_index else None, None, denominator, None, None, rows)
+    if logits.size:
+        options = {
+            "phi": _PHIS.index(call.phi),
+            "parameter": call.phi_param,
+            "dense": (q is not None and call.teacher_indices is None) or call.label_smoothing != 0,
+            "teacher": call.op == "distillation",
+            "label_smoothing": call.label_smoothing,
+            "z_loss": call.z_loss,
+            "softcap": call.softcap or 0.0,
+        }
+        arrays = {
+            "x": logits, "q": q, "where": call.where, "grad": grad, "hess": hess, "label": label, "sample": sample,
+            "value": value, "indices": call.teacher_indices, "weight": weight, "denominator": denominator,
+        }  # fmt: skip
+        _rows(device, call, "nll" if call.op == "nll" else "loss", arrays, options)
+    if call.reduction == "none":
+        return value, grad, hess
+    _sum(device, call, None, None, None, value, total[1:], loss, denominator, rows)
+    return loss, grad, hess
+
+
+def _rows(device: Device, call: Call, what: str, arrays: dict[str, Any], options: dict[str, Any]) -> None:
+    """Launch the kernel of the rows."""
+    x, axis = arrays["x"], call.axis
+    places = Rows(x.shape, axis, {n: a for n, a in arrays.items() if n not in ("weight", "denominator")})
+    job = np.zeros((), ROW_JOB)
+    places.enter(device, job, arrays)
+    job["what"], job["n_classes"], job["temperature"] = _WHAT[what], x.shape[axis], call.temperature
+    job["ignore_index"] = call.ignore_index
+    for name, value in options.items():
+        job[name] = value
+    for name in ("label", "indices"):
+        if arrays.get(name) is not None:
+            job["index_kind" if name == "indices" else "label_kind"] = label_kind(arrays[name].dtype)
+    if arrays.get("indices") is not None:
+        job["n_places"] = arrays["indices"].shape[axis]
+    q = arrays.get("q")
+    job["q_is_scalar"] = q is not None and q.dtype != x.dtype
+
+    size, n_classes = x.dtype.itemsize, x.shape[axis]
+    outputs = [arrays.get(name) for name in ("grad", "hess")]
+    adjacent = n_classes == 1 or all(a is None or a.strides[axis] == size for a in (x, *outputs))
+    regime = choose(device, n_classes * size, adjacent)
+    groups = regime.threads // regime.group
+    vec = 16 // size
+    chunks = -(-(n_classes + vec - 1) // (vec * regime.group * regime.cluster))  # of a thread
+    cached = 0 if regime.group == 1 else min(chunks, device.shared_bytes // (16 * regime.threads))
+    job["cached"] = cached
+    is_full = bool(
+        job["softcap"] or call.temperature != 1 or call.where is not None or job["q_is_scalar"] or job["teacher"]
+        or (job["dense"] and job["phi"])
+    )  # fmt: skip
+    definitions = {
+        "XCE_GROUP": regime.group, "XCE_CLUSTER": regime.cluster, "XCE_FULL": int(is_full), "XCE_WHAT": _WHAT[what],
+        "XCE_PHI": int(job["phi"]),
+    }  # fmt: skip
+    module = Module(storage_name(x), ROWS, tuple((name, str(value)) for name, value in definitions.items()))
+    units = -(-int(job["n_rows"]) // groups)
+    grid = min(units, device.processors * 2048 // regime.threads) * regime.cluster
+    device.launch(module, "rows", grid, (regime.group, groups), 16 * regime.threads * cached, job)
+
+
+def _sum(
+    device: Device,
+    call: Call,
+    label: Any,
+    sample: Any,
+    weight: Any,
+    value: Any,
+    result: Any,
+    loss: Any,
+    denominator: Any,
+    rows: tuple[int, ...],
+) -> None:
+    """Launch the sum of the rows' values, or of their shares of the mean's denominator."""
+    arrays = {"label": label, "sample": sample, "value": value}
+    places = Rows((*rows, 1), len(rows), arrays)
+    job = np.zeros((), SUM_JOB)
+    places.enter(device, job, arrays)
+    partials = device.empty((SUM_BLOCKS,), np.float64)
+    for name, a in (
+        ("weight", weight), ("partials", partials), ("result", result), ("loss", loss), ("denominator", denominator)
+    ):  # fmt: skip
+        job[name] = 0 if a is None else device.pointer(a)
+    job["n_rows"], job["n_classes"] = math.prod(rows), call.logits.shape[call.axis]
+    job["label_kind"], job["ignore_index"] = 0 if label is None else label_kind(label.dtype), call.ignore_index
+    module = Module("float64" if call.logits.dtype == np.float64 else "float32", SUMS, (("XCE_ONLY_SUMS", "1"),))
+    device.launch(module, "partial_sums", SUM_BLOCKS, (SUM_THREADS, 1), 0, job)
+    device.launch(module, "final_sum", 1, (1, 1), 0, job)
+
+
+def _scalar(x: Any) -> np.dtype[Any]:
+    return np.dtype("float64" if x.dtype == np.float64 else "float32")
+
+
+def _factor(weight: Any, scalar: np.dtype[Any]) -> Any:
+    """Class weights side by side, in the type of the computation."""
+    if weight is None:
+        return None
+    weight = weight if weight.dtype == scalar else weight.astype(scalar)
+    return weight if weight.flags.c_contiguous else weight.copy()
+
+
+def _buffer(device: Device, x: Any, buffer: Any) -> Any:
+    return device.empty(x.shape, x.dtype) if buffer is None else buffer
+
+
+def _map(call: Call, device: Device) -> Any:
+    out = _buffer(device, call.logits, call.grad_out)
+    if out.size:
+        _rows(device, call, call.op, {"x": call.logits, "grad": out}, {})
+    return out
+
+
+def _logsumexp(call: Call, device: Device) -> Any:
+    lse = device.empty(call.logits.shape[: call.axis] + call.logits.shape[call.axis + 1 :], _scalar(call.logits))
+    if call.logits.size:
+        _rows(device, call, "logsumexp", {"x": call.logits, "value": lse}, {})
+    return lse
+
+
+def _stats(call: Call, device: Device) -> LogitStats:
+    rows = call.logits.shape[: call.axis] + call.logits.shape[call.axis + 1 :]
+    lse, target, entropy = (device.empty(rows, _scalar(call.logits)) for _ in range(3))
+    top, rank = (device.empty(rows, np.int64) for _ in range(2))
+    arrays = {
+        "x": call.logits, "label": call.target, "value": lse, "label_logit": target, "top": top, "rank": rank,
+        "spread": entropy,
+    }  # fmt: skip
+    if call.logits.size:
+        _rows(device, call, "stats", arrays, {})
+    return LogitStats(lse, target, top, rank, entropy)
+
+
+_MAPS = {"softmax": _map, "log_softmax": _map, "logsumexp": _logsumexp, "stats": _stats}
+
+
+def modules() -> Iterable[Module]:
+    """One module of each kind and storage, for the tests that compile them all."""
+    regimes = [_STRIDED, *(regime for _, regime in (*_REGIMES, *_CLUSTERS))]
+    for storage in ("float32", "float64", "float16", "bfloat16"):
+        for regime in regimes:
+            for full, phi in ((0, 0), (1, len(_PHIS) - 1)):
+                names = ("XCE_GROUP", regime.group), ("XCE_CLUSTER", regime.cluster), ("XCE_FULL", full)
+                yield Module(storage, ROWS, tuple((n, str(v)) for n, v in (*names, ("XCE_WHAT", 0), ("XCE_PHI", phi))))
