@@ -98,7 +98,7 @@ def top_k_accuracy(
 ) -> float:
     r"""Fraction of rows whose target is among the k classes with the largest logits.
 
-    .. math:: \frac1N \sum_i [\#\{c : x_{i c} > x_{i y_i}\} < k]
+    .. math:: \frac1N \sum_i [\#\{c : x_{i c} > x_{i y_i} \text{ or } (x_{i c} = x_{i y_i}, c < y_i)\} < k]
 
     Parameters
     ----------
@@ -135,7 +135,7 @@ def top_k_accuracy(
 
     Notes
     -----
-    A tie with the target counts for it. A row with a NaN is a miss.
+    Of equal logits, those of smaller classes come first, as with argmax. A row with a NaN is a miss.
 
     References
     ----------
@@ -153,7 +153,16 @@ def top_k_accuracy(
     k = check.count("k", k)
     stats = logit_stats(logits, target, axis=axis, ignore_index=ignore_index, n_threads=n_threads, validate=validate)
     xp = array_namespace(stats.rank)
-    hits, ignored = (stats.rank >= 0) & (stats.rank < k), _equals(xp, xp.asarray(target), ignore_index)
+    labels = xp.asarray(target)
+    ignored, known = _equals(xp, labels, ignore_index), stats.rank >= 0
+    if k == 1:
+        hits = known & (stats.argmax == xp.astype(labels, xp.int64))
+    else:
+        x = xp.moveaxis(logits, axis, -1)
+        of_target = xp.astype(stats.target_logit, x.dtype)[..., None]  # exactly: it was read from there
+        before = xp.arange(x.shape[-1]) < xp.astype(labels, xp.int64)[..., None]
+        ties = xp.sum(xp.astype((x == of_target) & before, xp.int64), axis=-1)
+        hits = known & (stats.rank + ties < k)
     n_rows = math.prod(stats.rank.shape) - int(xp.sum(xp.astype(ignored, xp.int64)))
     return int(xp.sum(xp.astype(hits, xp.int64))) / n_rows if n_rows else math.nan
 
@@ -245,8 +254,8 @@ def log_loss(
 
     .. math:: -\frac1N \sum_i \log p_{i, y_i}, \qquad \text{or} \quad -\frac1N \sum_i \sum_c q_{i c} \log p_{i c}
 
-    Arguments and numbers are those of `sklearn.metrics.log_loss`; soft labels and a single class among `y_true`
-    will do, too.
+    Arguments and numbers are those of `sklearn.metrics.log_loss`, up to rounding; soft labels and a single class
+    among `y_true` will do, too.
 
     Parameters
     ----------
@@ -291,8 +300,10 @@ def log_loss(
     >>> print(f"{xce.log_loss(['spam', 'ham', 'ham', 'spam'], proba):.5f}")
     0.21616
     """
-    p = np.asarray(y_proba) if isinstance(y_proba, (list, tuple)) else y_proba
+    p = _array(y_proba)
     owner = owner_of(p, "y_proba")
+    if str(p.dtype) in ("bool", *check.INTEGERS):  # certain answers
+        p = array_namespace(p).astype(p, array_namespace(p).float64)
     p = check.typed(owner.view(p, "y_proba"), "y_proba", "float16", "float32", "float64")
     check.values(owner, p, "y_proba", 0.0, 1.0, "every probability must be between 0 and 1")
     xp = array_namespace(p)
@@ -307,7 +318,7 @@ def log_loss(
         warnings.warn("y_proba: there are rows that do not sum to one; they are taken as they are", stacklevel=2)
     weights = _row_weights(xp, p, sample_weight)
 
-    truth = y_true if hasattr(y_true, "__array_namespace__") or is_torch_array(y_true) else np.asarray(y_true)
+    truth = _array(y_true)
     if len(truth.shape) == 2 and truth.shape[1] != 1:
         losses = _of_soft_labels(xp, p, truth, eps)
     else:
@@ -319,6 +330,11 @@ def log_loss(
         return total
     scale = p.shape[0] if weights is None else float(xp.sum(weights))
     return total / scale if scale else math.nan
+
+
+def _array(x: Any) -> Any:
+    """Return an array of any library as it is, and lists, series and frames as one of NumPy."""
+    return x if hasattr(x, "__array_namespace__") or is_torch_array(x) else np.asarray(x)
 
 
 def _row_weights(xp: Any, p: Array, sample_weight: Any) -> Array | None:
