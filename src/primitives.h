@@ -251,20 +251,13 @@ XCE_FN scalar s_load(const storage *p)
 #if defined(__F16C__)
     return _cvtsh_ss(*p);
 #else
-    uint32_t magnitude = (uint32_t)(*p & 0x7fff) << 13, sign = (uint32_t)(*p & 0x8000) << 16;
-    float a = 0;
-    if (magnitude >= 0x0f800000) { /* inf and NaN */
-        magnitude |= 0x7f800000 | (magnitude > 0x0f800000 ? 0x00400000 : 0);
-        memcpy(&a, &magnitude, sizeof a);
-    } else { /* scaling by 2^112 moves the exponent and makes subnormals right */
-        memcpy(&a, &magnitude, sizeof a);
-        a *= 0x1p112f;
-    }
-    uint32_t bits;
-    memcpy(&bits, &a, sizeof bits);
-    bits |= sign;
-    memcpy(&a, &bits, sizeof a);
-    return a;
+    union { uint32_t bits; float value; } a = {(uint32_t)(*p & 0x7fff) << 13};
+    if (a.bits >= 0x0f800000) /* inf and NaN */
+        a.bits |= 0x7f800000 | (a.bits > 0x0f800000 ? 0x00400000 : 0);
+    else /* scaling by 2^112 moves the exponent and makes subnormals right */
+        a.value *= 0x1p112f;
+    a.bits |= (uint32_t)(*p & 0x8000) << 16;
+    return a.value;
 #endif
 }
 XCE_FN void s_store(storage *p, scalar a)
@@ -681,12 +674,14 @@ XCE_FN real r_log(real x) /* -inf at 0, NaN below */
 XCE_FN real r_pow(real x, real g)
 {
     log_parts log_x = r_log_of(x);
-    real power = r_max(r_set(-4 * XCE_BIAS), g * log_x.k), n = (power + r_set(XCE_MAGIC)) - r_set(XCE_MAGIC);
+    real m = g * (log_x.f - log_x.correction), power = g * log_x.k, n = (power + r_set(XCE_MAGIC)) - r_set(XCE_MAGIC);
     real fraction = (power - n) + r_remainder(-power, -g, log_x.k); /* g k = n + fraction */
-    fraction = r_select(r_gt(power, r_set(-4 * XCE_BIAS)), fraction, r_set(0));
-    real unused, m = log_x.f - log_x.correction;
-    real y = r_exp_scaled(r_fma(fraction, r_set((scalar)0.69314718055994530942), g * m), -n, &unused);
-    y = r_select(r_eq(g, r_set(0)), r_set(1), r_select(r_eq(x, r_set(0)), r_set(0), y));
+    real unused, y = r_exp_scaled(r_fma(fraction, r_set((scalar)0.69314718055994530942), m), -n, &unused);
+    /* far below the smallest number, where neither n nor m are what they should be */
+    real exponent = r_fma(m, r_set(XCE_LOG2E), power);
+    y = r_select(r_gt(exponent, r_set(-2 * XCE_BIAS)), y, r_set(0));
+    y = r_select(r_eq(x, r_set(0)), r_set(0), y);
+    y = r_select(r_eq(g, r_set(0)), r_set(1), y);
     return r_select(r_is_nan(x), x, y);
 }
 

@@ -99,7 +99,7 @@ def _index_hint(found: tuple[int, ...], shape: tuple[int, ...], rows: tuple[int,
         hint = "; class indices have no class axis, and probabilities must be floats"
         return hint + ("" if rows else "; for one binary target each, see binary_cross_entropy_with_logits")
     if len(found) > len(rows) and [n for n in found if n != 1] == [n for n in rows if n != 1]:
-        return f"; drop the axes of length 1: target.reshape({rows})"
+        return f"; squeeze it: target.reshape({rows})"
     return ""
 
 
@@ -175,8 +175,8 @@ def _refuse_repetitions(indices: Array, axis: int) -> None:
     if bool(xp.any(again)):
         flat = int(xp.argmax(xp.astype(xp.reshape(again, (-1,)), xp.uint8)))
         place, label = _entry(ordered[..., 1:], flat)
-        row = place.rpartition(",")[0] + "]" if "," in place else ""
-        raise ValueError(f"teacher_indices has class {int(label)} twice in row {row or '[]'}: classes must be distinct")
+        row = f" in row {place.rpartition(',')[0]}]" if "," in place else ""
+        raise ValueError(f"teacher_indices has class {int(label)} twice{row}: classes must be distinct")
 
 
 def broadcast(x: Array, name: str, shape: tuple[int, ...], what: str) -> Array:

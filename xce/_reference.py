@@ -312,8 +312,8 @@ def _nll(call: Call) -> tuple[Array, Array | None, Array | None]:
     u = _logits(xp, call)
     target = _coefficients(xp, call, u, xp.ones(u.shape, dtype=xp.bool))
     loss = xp.where(target.invalid, math.nan, xp.sum(_times(xp, target.a, -u), axis=-1))
-    grad = xp.where(target.invalid[..., None], math.nan, -target.a)
-    return _reduced(xp, call, loss, grad, xp.zeros_like(u), target.share)
+    grad, hess = (xp.where(target.invalid[..., None], math.nan, d) for d in (-target.a, xp.zeros_like(u)))
+    return _reduced(xp, call, loss, grad, hess, target.share)
 
 
 def _distillation(call: Call) -> tuple[Array, Array | None, Array | None]:

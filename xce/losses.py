@@ -97,7 +97,8 @@ def cross_entropy(
         rows not ignored; with class weights and class indices by the sum of ``weight[target]``; with sample
         weights by the sum over rows of the sample weight times that.
     sample_weight : array, optional
-        Row weights, floating (or integer or bool), finite and not negative, broadcastable to the shape of `logits` without `axis`.
+        Row weights, floating (or integer or bool), finite and not negative, broadcastable to the shape of `logits`
+        without `axis`.
     return_grad, return_hess : bool, default False
         Also return the gradient, and the diagonal of the Hessian, of each row's reduced loss by its logits.
     grad_out, hess_out : array, optional
@@ -469,8 +470,8 @@ def distillation_loss(
         "none" returns the loss of every row. "mean" divides the sum, and the derivatives, by the number of rows,
         or by the sum of their weights.
     sample_weight : array, optional
-        Row weights, floating (or integer or bool), finite and not negative, broadcastable to the shape of `student_logits` without
-        `axis`.
+        Row weights, floating (or integer or bool), finite and not negative, broadcastable to the shape of
+        `student_logits` without `axis`.
     grad_out, hess_out : array, optional
         Arrays of the shape and dtype of `student_logits` to write the derivatives to.
         ``grad_out=student_logits`` overwrites the logits; any other shared memory is an error.
@@ -498,7 +499,8 @@ def distillation_loss(
 
     Notes
     -----
-    Rows of padding are left out by a `sample_weight` of 0 or False. A NaN or +inf in a row of either, or a row of -inf only, makes that row NaN and no other.
+    Rows of padding are left out by a `sample_weight` of 0 or False. A NaN or +inf in a row of either, or a row of
+    -inf only, makes that row NaN and no other.
 
     References
     ----------
@@ -910,7 +912,8 @@ def multilabel_soft_margin_loss(
         "none" returns the loss of every row. "mean" divides the sum, and the derivatives, by the number of rows,
         or by the sum of their weights.
     sample_weight : array, optional
-        Row weights, floating (or integer or bool), finite and not negative, broadcastable to the shape of `logits` without `axis`.
+        Row weights, floating (or integer or bool), finite and not negative, broadcastable to the shape of `logits`
+        without `axis`.
 
     References
     ----------
@@ -1318,8 +1321,8 @@ def linear_cross_entropy(
         As in `cross_entropy`; "mean" divides by the denominator of all rows. With "none" the gradients of
         `linear_weight` and `linear_bias` are those of the sum of the rows.
     sample_weight : array, optional
-        Row weights, floating (or integer or bool), finite and not negative, broadcastable to the shape of `inputs` without the last
-        axis.
+        Row weights, floating (or integer or bool), finite and not negative, broadcastable to the shape of `inputs`
+        without the last axis.
     return_grad : bool, default False
         Also return the gradients by `inputs`, `linear_weight` and `linear_bias`.
     grad_out : tuple of three arrays or None, optional

@@ -11,7 +11,7 @@ from array_api_compat import array_namespace, device, is_torch_array
 
 from xce import _check as check
 from xce._call import Array
-from xce._dispatch import owner_of
+from xce._dispatch import owner_of, view
 from xce.losses import cross_entropy, logit_stats
 
 __all__ = ["brier_score", "log_loss", "perplexity", "top_k_accuracy"]
@@ -77,6 +77,7 @@ def perplexity(
     >>> print(f"{xce.perplexity(logits, np.array([3, 1, 4])):.4f}")
     50.0000
     """
+    _refuse_probabilities(logits, target)
     # fmt: off
     loss = cross_entropy(
         logits, target, ignore_index=ignore_index, axis=axis, sample_weight=sample_weight, n_threads=n_threads,
@@ -224,6 +225,7 @@ def brier_score(
     >>> print(f"{brier_score(np.log([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]), np.array([0, 2])):.4f}")
     0.2175
     """
+    _refuse_probabilities(logits, target)
     # fmt: off
     _, grad = cross_entropy(  # which is p - [c = y] with all its digits, and 0 where ignored
         logits, target, ignore_index=ignore_index, axis=axis, reduction="sum", return_grad=True, n_threads=n_threads,
@@ -235,6 +237,11 @@ def brier_score(
     ignored = _equals(xp, xp.asarray(target), ignore_index)
     n_rows = math.prod(ignored.shape) - int(xp.sum(xp.astype(ignored, xp.int64)))
     return float(xp.sum(grad * grad, dtype=xp.float64)) / n_rows if n_rows else math.nan
+
+
+def _refuse_probabilities(logits: Array, target: Any) -> None:
+    if not isinstance(target, int):
+        check.typed(view(owner_of(logits, "logits"), logits, target, "target", "logits"), "target", *check.INTEGERS)
 
 
 def _equals(xp: Any, labels: Array, value: int) -> Array:
@@ -300,11 +307,12 @@ def log_loss(
     >>> print(f"{xce.log_loss(['spam', 'ham', 'ham', 'spam'], proba):.5f}")
     0.21616
     """
-    p = _array(y_proba)
+    normalize = check.flag("normalize", normalize)
+    p = _array(y_proba, "y_proba")
     owner = owner_of(p, "y_proba")
-    if str(p.dtype) in ("bool", *check.INTEGERS):  # certain answers
+    if check.dtype_name(p.dtype) in ("bool", *check.INTEGERS):  # certain answers
         p = array_namespace(p).astype(p, array_namespace(p).float64)
-    p = check.typed(owner.view(p, "y_proba"), "y_proba", "float16", "float32", "float64")
+    p = check.typed(p, "y_proba", "float16", "float32", "float64")
     check.values(owner, p, "y_proba", 0.0, 1.0, "every probability must be between 0 and 1")
     xp = array_namespace(p)
     if p.ndim not in (1, 2) or p.shape[0] == 0:
@@ -316,9 +324,9 @@ def log_loss(
     p = p if p.dtype in (xp.float32, xp.float64) else xp.astype(p, xp.float32)
     if not bool(xp.all(xp.abs(xp.sum(p, axis=1) - 1) <= math.sqrt(eps))):
         warnings.warn("y_proba: there are rows that do not sum to one; they are taken as they are", stacklevel=2)
-    weights = _row_weights(xp, p, sample_weight)
+    weights = None if sample_weight is None else _row_weights(xp, p, sample_weight)
 
-    truth = _array(y_true)
+    truth = _array(y_true, "y_true")
     if len(truth.shape) == 2 and truth.shape[1] != 1:
         losses = _of_soft_labels(xp, p, truth, eps)
     else:
@@ -332,18 +340,19 @@ def log_loss(
     return total / scale if scale else math.nan
 
 
-def _array(x: Any) -> Any:
-    """Return an array of any library as it is, and lists, series and frames as one of NumPy."""
-    return x if hasattr(x, "__array_namespace__") or is_torch_array(x) else np.asarray(x)
+def _array(x: Any, name: str) -> Any:
+    """Return arrays as they are computed on, and lists, series and frames as arrays of NumPy."""
+    if hasattr(x, "__array_namespace__") or is_torch_array(x):
+        return owner_of(x, name).view(x, name)
+    return np.asarray(x)
 
 
-def _row_weights(xp: Any, p: Array, sample_weight: Any) -> Array | None:
-    if sample_weight is None:
-        return None
-    weights = xp.asarray(sample_weight, dtype=xp.float64, device=device(p))
+def _row_weights(xp: Any, p: Array, sample_weight: Any) -> Array:
+    weights = _array(sample_weight, "sample_weight")
+    weights = check.factors(owner_of(weights, "sample_weight"), weights, "sample_weight", True)
     if weights.shape != p.shape[:1]:
         raise ValueError(f"sample_weight has shape {weights.shape} but must have {p.shape[:1]}, one weight per row")
-    return weights
+    return xp.asarray(weights, dtype=xp.float64, device=device(p))
 
 
 def _of_soft_labels(xp: Any, p: Array, truth: Array, eps: float) -> Array:

@@ -56,7 +56,7 @@ cdef inline void teacher_at_top(const Job *job, const Tile *tile, row_target *t)
     cdef int i
     r_store_scalars(logit, r_set(-INF))
     for i in range(tile.n):
-        place = <Py_ssize_t>tile.top_place[i] if job.sparse_teacher else tile.top[i]
+        place = tile.top_place[i] if job.sparse_teacher else tile.top[i]
         if place >= 0:
             logit[i] = s_load(<const storage *>entry_of(job, tile, Q, i, place))
     y = r_load_scalars(logit)
@@ -81,7 +81,7 @@ cdef void pick(const Job *job, Tile *tile, int i, scalar *picked, Py_ssize_t ste
     for j in range(n):
         label = index_at(job, tile, i, j)
         if label.value == tile.top[i]:
-            tile.top_place[i] = <scalar>j
+            tile.top_place[i] = j
         if label.value >= 0:
             picked[j * step] = logit_of(job, tile, i, label.value)
         else:                          # a class out of range that nobody checked
