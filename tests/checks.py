@@ -71,6 +71,12 @@ def machine_of(n: int) -> Iterator[None]:
         yield
 
 
+def dtypes_of(case: Case, seed: int) -> list[np.dtype[Any]]:
+    """All of them for the loss whose kernels have the most schedules, by turns for the others."""
+    names = DTYPES if case.function is xce.cross_entropy else [DTYPES[seed % len(DTYPES)]]
+    return [dtype_of(name) for name in names]
+
+
 # How an array lies in memory: the same values in other places
 
 
@@ -107,6 +113,11 @@ LAYOUTS: dict[str, Callable[[Array], Array]] = {
     "misaligned": misaligned,
     "misaligned F": lambda a: misaligned(a.T).T,
 }
+
+
+def laid_out(layout: Callable[[Array], Array], options: dict[str, Any]) -> dict[str, Any]:
+    """Options whose arrays lie so."""
+    return {k: layout(v) if isinstance(v, np.ndarray) and v.ndim else v for k, v in options.items()}
 
 
 # Comparisons

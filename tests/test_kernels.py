@@ -21,6 +21,7 @@ from checks import (
     compute_dtype,
     dtype_of,
     every_target,
+    laid_out,
     reference,
     same_bits,
     widen,
@@ -139,7 +140,7 @@ def test_layouts_of_all_arguments_and_buffers(layout: Any, dtype: str) -> None:
         for shape, axis in shapes if case.function is xce.cross_entropy else of_most:
             x, target, options = problem(features, mode, shape, axis, dtype_of(dtype), seed, case)
             options |= case.params[seed % len(case.params)] | {"reduction": "none"}
-            own = {name: layout(v) if isinstance(v, np.ndarray) and v.ndim else v for name, v in options.items()}
+            own = laid_out(layout, options)
             grad, hess = layout(np.full_like(x, 9)), layout(np.full_like(x, 9))
             results = case.function(layout(x), layout(target), grad_out=grad, hess_out=hess, **own, **FLAGS)
             assert results[1] is grad
