@@ -222,9 +222,10 @@ XCE_FN jet element_asymmetric_loss(real x, real y, real w, parameters with)
         rmask moves = r_gt(s.p, clip);
         d1 = r_select(moves, d1, zero), d2 = r_select(moves, d2, zero);
     }
-    real ratio = with.at[2] == 0 ? s.p : d1 / rest; /* (-log(1 - shifted))' */
+    /* (-log(1 - shifted))' and its derivative; without a clip, where q - p + ratio would cancel, those of softplus */
+    real ratio = with.at[2] == 0 ? s.p : d1 / rest, bent = with.at[2] == 0 ? density : ratio * ((s.q - s.p) + ratio);
     jet b = {weighted(y, s.minus_log_p) + weighted(not_y, minus_log_rest), not_y * ratio - y * s.q,
-             y * density + not_y * (ratio * ((s.q - s.p) + ratio))};
+             y * density + not_y * bent};
     real wrong = y * s.q + not_y * shifted, g = r_fma(y, r_set(with.at[0]), not_y * r_set(with.at[1]));
     real slope = divided(not_y * d1 - y * density, wrong, zero);
     real bend = divided(not_y * d2 - y * density * (s.q - s.p), wrong, zero);

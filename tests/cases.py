@@ -80,11 +80,11 @@ def xlogy(m: Any, x: Any, y: Any) -> Any:
 def divergence(m: Any, u: Any, v: Any, divergence: str) -> Any:
     p, t = m.exp(u), m.exp(v)
     if divergence == "forward":
-        return t * (v - u)
+        return t * (v - u) if t else t
     if divergence == "reverse":
         return p * (u - v)
     mean = m.log((p + t) / 2)
-    return (p * (u - mean) + t * (v - mean)) / 2
+    return (p * (u - mean) + (t * (v - mean) if t else t)) / 2
 
 
 def binary(m: Any, x: Any, y: Any, w: Any = 1, label_smoothing: float = 0.0) -> Any:

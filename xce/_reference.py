@@ -141,7 +141,7 @@ def _asymmetric(
     ratio = p if clip == 0 else s1 / rest
     value = -_times(xp, y, -_softplus(xp, -x)) - _times(xp, 1 - y, log_rest)
     first = -y * q + (1 - y) * ratio
-    second = y * p * q + (1 - y) * (ratio * (q - p) + ratio**2)
+    second = y * p * q + (1 - y) * (p * q if clip == 0 else ratio * (q - p) + ratio**2)
     wrong = y * q + (1 - y) * shifted
     gamma = gamma_pos * y + gamma_neg * (1 - y)
     power = xp.where(gamma == 0, 1.0, wrong**gamma)
