@@ -242,7 +242,7 @@ def assert_elements(results: Any, expected: Any, x: Array, target: Array, case: 
     jets, moved = jet(wide, y), [0.0, 0.0, 0.0]
     for step in (1 - tolerance / 4, 1 + tolerance / 4):
         with np.errstate(invalid="ignore"):
-            moved = [m + finite(f - g) for m, f, g in zip(moved, jets, jet(wide * step, y), strict=True)]
+            moved = [m + finite(f - g) for m, f, g in zip(moved, jets, jet(np.asarray(wide * step), y), strict=True)]
     # terms of both signs: those of either answer if the target is between, and lower derivatives' if it is focal
     cancelling = [np.zeros_like(wide), np.zeros_like(wide)]
     if (y != np.round(y)).any() or options.get("label_smoothing", 0.0):
