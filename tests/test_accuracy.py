@@ -292,7 +292,7 @@ def own_parameters(case: Case, dtype: str) -> Any:
 
 
 def exponent(params: dict[str, float]) -> float:
-    """(1 - p)^gamma has gamma times the error of 1 - p, some 2 ULP, and that of the power, 1 + gamma / 3."""
+    """(1 - p)^gamma has gamma times the error of 1 - p, some 2 ULP, and that of the power, 1.5 + gamma / 2."""
     return max([0.0, *(v for name, v in params.items() if name.startswith("gamma"))])
 
 

@@ -195,7 +195,11 @@ def test_any_strides(case: Case, mode: str, level: str) -> None:
                 assert_same(case.function(layout(x), layout(y), **laid_out(layout, options), **FLAGS), expected)
 
 
-@pytest.mark.parametrize(("case", "mode"), [pair for pair in TARGETS_OF_LOSSES if pair[0].has_classes])
+@pytest.mark.parametrize(
+    ("case", "mode"),
+    [(case, mode) for case, mode in TARGETS_OF_LOSSES if case.has_classes],
+    ids=lambda x: x if isinstance(x, str) else x.name,
+)
 def test_any_axis(case: Case, mode: str, level: str) -> None:
     for seed, (shape, features) in enumerate(itertools.product(((3, 5, 16), (2, 3, 65), (2, 2, 1100)), FEATURES)):
         for dtype in dtypes_of(case, seed):

@@ -227,8 +227,22 @@ EDGE_OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", EDGE_OPTIONS)
 def test_edge_values(name: str, dtype: str, level: str, rng: np.random.Generator) -> None:
-    for n_classes in (1, 2, 5, 16, 64, 65, 200):
-        options = dict(EDGE_OPTIONS[name])
+    check_edges(xce.cross_entropy, name, dtype, rng, (1, 2, 5, 16, 64, 65, 200))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["plain", "smoothing", "probabilities", "ignored", "weights", "sample weights"])
+@pytest.mark.parametrize("function", [xce.focal_loss, xce.poly_loss, xce.generalized_cross_entropy])
+def test_edge_values_of_other_losses(function: Any, name: str, dtype: str, rng: np.random.Generator) -> None:
+    for k, params in enumerate(CASE_OF[function].params):
+        check_edges(function, name, dtype, rng, ((1, 5, 65), (2, 16, 200))[k % 2], **params)
+
+
+def check_edges(
+    function: Any, name: str, dtype: str, rng: np.random.Generator, class_counts: tuple[int, ...], **params: float
+) -> None:
+    for n_classes in class_counts:
+        options: dict[str, Any] = EDGE_OPTIONS[name] | params
         x = edge_rows(n_classes, dtype_of(dtype), rng, widest=name in ("plain", "ignored"))
         n = len(x)
         kind = options.pop("target", "both")
@@ -249,13 +263,13 @@ def test_edge_values(name: str, dtype: str, level: str, rng: np.random.Generator
             options["sample_weight"] = (np.arange(n) % 3).astype(np.float32) / 2
         for target in targets:
             if "where" in options:  # NaN rows that lack classes: see test_where_of_nan_rows
-                options["where"][np.isnan(reference(xce.cross_entropy, x, target, reduction="none", **options))] = True
-            check_loss(xce.cross_entropy, x, target, reduction="none", **options)
-            check_loss(xce.cross_entropy, x.T, target.T, reduction="none", axis=0, **turned(options))
-            good = np.isfinite(reference(xce.cross_entropy, x, target, reduction="none", **options))
+                options["where"][np.isnan(reference(function, x, target, reduction="none", **options))] = True
+            check_loss(function, x, target, reduction="none", **options)
+            check_loss(function, x.T, target.T, reduction="none", axis=0, **turned(options))
+            good = np.isfinite(reference(function, x, target, reduction="none", **options))
             good &= np.abs(widen(np.where(np.isfinite(x), x, 0))).max(-1) < 1e30
             chosen = {k: v[good] if k in ("where", "sample_weight") else v for k, v in options.items()}
-            check_loss(xce.cross_entropy, x[good], target[good], reduction="mean", **chosen)
+            check_loss(function, x[good], target[good], reduction="mean", **chosen)
 
 
 def turned(options: dict[str, Any]) -> dict[str, Any]:

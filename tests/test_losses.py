@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import CASE_OF, LOSSES, Case, combinations, oracle, problem
+from cases import CASE_OF, LOSSES, TARGETS_OF_LOSSES, Case, combinations, oracle, problem
 from checks import DTYPES, FLAGS, Array, check_loss, dtype_of, every_loss, every_target, same_bits
 
 import xce
@@ -95,11 +95,12 @@ def test_a_weight_of_zero_removes_anything(case: Case, mode: str, dtype: str) ->
     assert not hess[sick].any()
 
 
-@of_elements
-@pytest.mark.parametrize("name", ["weight", "pos_weight"])
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [(case, name) for case in ELEMENTS for name in ("weight", "pos_weight") if name in case.options],
+    ids=lambda x: x if isinstance(x, str) else x.name,
+)
 def test_other_weights_of_zero(case: Case, name: str) -> None:
-    if name not in case.options:
-        pytest.skip("no such option")
     weight = np.array([0, 1, 1], np.float32)
     for dtype in (np.float32, np.float64):
         x = np.array([[NAN if name == "weight" else -INF, 1, 2]] if case.inputs != "probs" else [[0, 0.5, 1]], dtype)
@@ -565,11 +566,13 @@ TORCH: dict[Any, Callable[..., Any]] = {
 
 
 @pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning")  # of kl_div
-@every_target
+@pytest.mark.parametrize(
+    ("case", "mode"),
+    [(case, mode) for case, mode in TARGETS_OF_LOSSES if case.function in TORCH],
+    ids=lambda x: x if isinstance(x, str) else x.name,
+)
 def test_value_and_gradient_are_those_of_pytorch(case: Case, mode: str) -> None:
     torch = pytest.importorskip("torch")
-    if case.function not in TORCH:
-        pytest.skip("no such loss there, or in another test")
     names = {"weight", "pos_weight", "label_smoothing", "ignore"} & set(case.options)
     for seed, features in enumerate(
         combinations(**{name: case.options[name] for name in sorted(names)} or {"seed": (0, 1)})
