@@ -28,7 +28,10 @@ FEATURES: tuple[dict[str, Any], ...] = (
 
 def results_of(shapes: Any, dtype: Any) -> Iterator[np.ndarray]:
     """What every loss and every other function says, over features and modes."""
-    for (case, mode), features, (shape, axis) in itertools.product(TARGETS_OF_LOSSES, FEATURES, shapes):
+    calls = itertools.product(TARGETS_OF_LOSSES, FEATURES, shapes)
+    for turn, ((case, mode), features, (shape, axis)) in enumerate(calls):
+        if case is not LOSSES[0] and turn % 2:  # 15 shapes, an odd number: each with other features
+            continue
         for seed, reduction in enumerate(case.reductions):
             params = case.params if reduction == "none" else case.params[:1]
             for param in params:
