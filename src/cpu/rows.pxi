@@ -489,7 +489,7 @@ cdef inline void finish(const Job *job, Tile *tile) noexcept nogil:
     for i in range(LANES):
         elsewhere[i] = tile.label[i] != tile.top[i] and tile.label[i] >= 0
     t.d_top, t.d_label = zero, zero
-    t.v_top, t.t_top = zero, zero
+    t.v_top, t.t_top, t.gap_top = zero, zero, zero
     if job.dense or job.transforms:
         for i in range(LANES):
             d_top[i], d_label[i], raw_label[i], raw_top[i] = 0, 0, 0, 0

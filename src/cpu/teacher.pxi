@@ -52,6 +52,7 @@ cdef inline void teacher_at_top(const Job *job, const Tile *tile, row_target *t)
     """The teacher's log-probability and probability of the student's top class."""
     cdef scalar logit[LANES]
     cdef Py_ssize_t place
+    cdef log_prob at
     cdef real y
     cdef int i
     r_store_scalars(logit, r_set(-INF))
@@ -62,8 +63,8 @@ cdef inline void teacher_at_top(const Job *job, const Tile *tile, row_target *t)
     y = r_load_scalars(logit)
     if job.transforms:
         y = transform_logit(job.transform, y)
-    t.v_top = (y - tile.teacher.max) - tile.teacher.log_z
-    t.t_top = r_exp_relative(y, r_exp_reference(tile.teacher.max)) * tile.teacher.inverse
+    row_teacher(tile.state, tile.teacher, tile.state.max, y, &at)
+    t.v_top, t.t_top, t.gap_top = at.v, at.t, at.d
 
 
 # ---- a sparse teacher ------------------------------------------------------------------------------------------------
