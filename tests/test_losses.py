@@ -656,3 +656,78 @@ def test_losses_are_those_of_scikit_learn(rng: np.random.Generator) -> None:
     assert_close(bce(p, y, sample_weight=s), metrics.log_loss(y, p, sample_weight=s))
     u, labels = np.asarray(xce.log_softmax(rng.standard_normal((30, 4)))), rng.integers(4, size=30)
     assert_close(xce.nll_loss(u, labels), metrics.log_loss(labels, np.exp(u), labels=range(4)))
+
+
+# What hostile calls found
+
+
+def test_a_sparse_teacher_with_a_temperature_reads_only_what_it_has() -> None:
+    x = np.zeros((1, 5_000_000), np.float32)
+    x[0, -1] = 1  # the student's top, where a dense teacher would have a logit
+    arrays = x, np.zeros((1, 1), np.float32), np.zeros((1, 1), int)
+    loss = xce.distillation_loss(*arrays[:2], teacher_indices=arrays[2], temperature=2.0)
+    np.testing.assert_allclose(loss, math.log(4_999_999 + math.exp(0.5)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("gamma", [50.0, 800.0, 1200.0, 3981.0, 12_000.0, 1e6, 1e35, 1e39, 1e300])
+def test_huge_exponents(gamma: float, dtype: str) -> None:
+    mpmath = pytest.importorskip("mpmath")
+    x = np.array([0.3, 20, -20, 0.0], dtype)
+    with mpmath.workdps(50):
+        sigma = [1 / (1 + mpmath.exp(-mpmath.mpf(float(v)))) for v in x]
+        exact = [float(-(p**gamma) * mpmath.log(1 - p)) for p in sigma]
+    loss = xce.sigmoid_focal_loss(x, np.zeros(4), alpha=-1, gamma=gamma)
+    eps = np.finfo(dtype).eps
+    np.testing.assert_allclose(loss, exact, rtol=4 * eps * (2 + min(gamma, 1e6)), atol=10 * np.finfo(dtype).tiny)
+    value, grad = xce.focal_loss(np.array([20, 0], dtype), np.array(0), gamma=gamma, return_grad=True)
+    assert value == 0
+    np.testing.assert_array_equal(grad, 0)
+
+
+def test_weights_that_float32_cannot_divide_by() -> None:
+    x, y = np.array([1, 2], np.float32), np.array([0.0, 1.0])
+    expected = bce_logits(x, y, return_grad=True)
+    for weight in (1e-40, 1e-44, 1e38):
+        result = bce_logits(x, y, sample_weight=np.full(2, weight, np.float32), return_grad=True)
+        np.testing.assert_allclose(result[0], expected[0], rtol=1e-6)
+        np.testing.assert_allclose(result[1], expected[1], rtol=1e-6)
+
+
+def test_where_a_weight_lies_does_not_matter() -> None:
+    rng = np.random.default_rng(0)
+    x, y, weight = rng.standard_normal(5003), rng.random(5003), rng.random(5003)
+    moved = np.empty(weight.nbytes + 1, np.uint8)[1:].view(np.float64)
+    moved[:] = weight
+    for result, expected in zip(
+        bce_logits(x, y, sample_weight=moved, return_grad=True),
+        bce_logits(x, y, sample_weight=weight, return_grad=True),
+        strict=True,
+    ):
+        same_bits(result, expected)
+
+
+def test_masks_and_counts_are_sample_weights() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((6, 4)), rng.integers(4, size=6)
+    mask = np.array([1, 0, 1, 1, 0, 1])
+    for weight in (mask, mask.astype(bool), mask.astype(np.uint8)):
+        np.testing.assert_allclose(
+            xce.cross_entropy(x, y, sample_weight=weight), xce.cross_entropy(x[mask > 0], y[mask > 0])
+        )
+        np.testing.assert_allclose(distil(x, x + 1, sample_weight=weight), 0, atol=1e-15)
+        np.testing.assert_allclose(
+            bce_logits(x[:, 0], y > 1, sample_weight=weight), bce_logits(x[mask > 0, 0], y[mask > 0] > 1)
+        )
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "js"])
+def test_divergences_near_the_teacher_keep_their_digits(divergence: str) -> None:
+    """The difference of log-probabilities is formed from the difference of logits, which is exact there."""
+    rng = np.random.default_rng(0)
+    student = (3 * rng.standard_normal((100, 50))).astype(np.float32)
+    for noise, limit in ((1e-1, 1e-6), (1e-2, 1e-6), (1e-3, 1e-6), (1e-4, 1e-5)):
+        teacher = (student + noise * rng.standard_normal(student.shape)).astype(np.float32)
+        loss = distil(student, teacher, divergence=divergence, reduction="none")
+        exact = distil(student.astype(float), teacher.astype(float), divergence=divergence, reduction="none")
+        np.testing.assert_allclose(loss, exact, rtol=limit)

@@ -293,7 +293,8 @@ def log_loss(
     Warns
     -----
     UserWarning
-        The probabilities of a row do not sum to 1. They are taken as they are.
+        The probabilities of a row do not sum to 1: they are taken as they are. Or `labels` are not sorted: the columns
+        are taken in sorted order.
 
     References
     ----------
@@ -374,6 +375,8 @@ def _class_indices(truth: Array, shape: tuple[int, int], labels: Any) -> Array:
         classes = xp.unique_values(xp.asarray(labels))
         if classes.shape[0] != shape[1]:
             raise ValueError(f"labels has {classes.shape[0]} classes but y_proba has {shape[1]}: {classes}")
+        if not bool(xp.all(xp.asarray(labels) == classes)):
+            warnings.warn(f"labels: the columns of y_proba are taken in sorted order, {classes}", stacklevel=3)
     elif found.shape[0] == shape[1]:
         classes = found
     else:

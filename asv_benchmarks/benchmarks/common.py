@@ -43,6 +43,7 @@ def layer_arguments(shape: tuple[int, ...], dtype: str = "float32") -> tuple[Arr
 # name -> what makes the arrays of a loss that begins with a layer
 LAYERS: dict[str, Callable[..., tuple[Array, ...]]] = {"linear_cross_entropy": layer_arguments}
 
+
 def of_classes(logits: Array) -> tuple[Array, Array]:
     """Logits, and the label of each row."""
     return logits, *class_labels(logits)

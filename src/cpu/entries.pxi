@@ -48,7 +48,9 @@ cdef inline real logits(const Job *job, const View *v, Py_ssize_t c, int n, bint
     return transform_logit(job.transform, x) if level == MIXED and job.transforms else x
 
 
-cdef inline real teacher_logits(const Job *job, const View *v, Py_ssize_t c, int n, bint wide, int level) noexcept nogil:
+cdef inline real teacher_logits(
+    const Job *job, const View *v, Py_ssize_t c, int n, bint wide, int level
+) noexcept nogil:
     """The teacher's, transformed likewise."""
     cdef real y
     if not wide and v.kept_teacher != NULL:
@@ -146,7 +148,9 @@ cdef inline void terms(
             out[1], out[2] = without_top(v, out[1], c, wide), without_top(v, out[2], c, wide)
 
 
-cdef inline jet sparse_entries(const Job *job, const View *v, Py_ssize_t c, int n, bint wide, log_prob *at) noexcept nogil:
+cdef inline jet sparse_entries(
+    const Job *job, const View *v, Py_ssize_t c, int n, bint wide, log_prob *at
+) noexcept nogil:
     """The divergence at places c on of a sparse teacher's classes."""
     cdef real x = v.picked[c // LANES if wide else c]
     at[0] = entries(v, x, r_exp_relative(x, v.ref) * v.inverse)
