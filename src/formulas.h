@@ -11,7 +11,7 @@
 /* One entry of log_softmax. p and 1 - p come with it because neither follows from the other, nor from u, without loss. */
 typedef struct {
     real u, p, not_p;
-    real v, t; /* the teacher's log-probability and probability, if there is one */
+    real v, t, d; /* the teacher's log-probability and probability, if there is one, and u - v */
 } log_prob;
 
 typedef struct {
@@ -72,7 +72,7 @@ XCE_FN jet phi_generalized_cross_entropy(log_prob at, scalar q) /* (1 - p^q) / q
 
 XCE_FN jet divergence_forward(log_prob at) /* t (v - u) + p - t */
 {
-    real d = at.u - at.v, difference = at.p - at.t, bend, slope = r_expm1_parts(d, &bend);
+    real d = at.d, difference = at.p - at.t, bend, slope = r_expm1_parts(d, &bend);
     rmask close = r_gt(r_set(1), r_abs(d));
     jet f = {r_select(close, at.t * bend, weighted(at.t, -d) + difference), r_select(close, at.t * slope, difference),
              at.p};
@@ -81,7 +81,7 @@ XCE_FN jet divergence_forward(log_prob at) /* t (v - u) + p - t */
 
 XCE_FN jet divergence_reverse(log_prob at) /* p (u - v) + t - p */
 {
-    real d = at.u - at.v, bend;
+    real d = at.d, bend;
     r_expm1_parts(-d, &bend);
     jet f = {r_select(r_gt(r_set(1), r_abs(d)), at.p * bend, weighted(at.p, d) + (at.t - at.p)), weighted(at.p, d),
              weighted(at.p, d + r_set(1))};
@@ -91,7 +91,7 @@ XCE_FN jet divergence_reverse(log_prob at) /* p (u - v) + t - p */
 XCE_FN jet divergence_js(log_prob at) /* (p log(p / m) + t log(t / m)) / 2, m = (p + t) / 2 */
 {
     const real half = r_set((scalar)0.5), zero = r_set(0);
-    real d = at.u - at.v, size = r_abs(d), unused;
+    real d = at.d, size = r_abs(d), unused;
     rmask close = r_gt(r_set(1), size);
     /* close: m (d tanh(d/2) - log cosh(d/2)^2) / 2, and log(p / m) = -log((1 + e^-d) / 2) */
     real up = r_expm1_parts(d, &unused), down = r_expm1_parts(-d, &unused);
@@ -222,9 +222,10 @@ XCE_FN jet element_asymmetric_loss(real x, real y, real w, parameters with)
         rmask moves = r_gt(s.p, clip);
         d1 = r_select(moves, d1, zero), d2 = r_select(moves, d2, zero);
     }
-    real ratio = with.at[2] == 0 ? s.p : d1 / rest; /* (-log(1 - shifted))' */
+    /* (-log(1 - shifted))' and its derivative; without a clip, where q - p + ratio would cancel, those of softplus */
+    real ratio = with.at[2] == 0 ? s.p : d1 / rest, bent = with.at[2] == 0 ? density : ratio * ((s.q - s.p) + ratio);
     jet b = {weighted(y, s.minus_log_p) + weighted(not_y, minus_log_rest), not_y * ratio - y * s.q,
-             y * density + not_y * (ratio * ((s.q - s.p) + ratio))};
+             y * density + not_y * bent};
     real wrong = y * s.q + not_y * shifted, g = r_fma(y, r_set(with.at[0]), not_y * r_set(with.at[1]));
     real slope = divided(not_y * d1 - y * density, wrong, zero);
     real bend = divided(not_y * d2 - y * density * (s.q - s.p), wrong, zero);
@@ -289,15 +290,24 @@ XCE_FN row_state row_close(real max, real rest)
 
 XCE_FN log_prob row_top(row_state s)
 {
-    log_prob at = {-s.log_z, s.top * s.inverse, s.rest * s.inverse, r_set(0), r_set(0)};
+    log_prob at = {-s.log_z, s.top * s.inverse, s.rest * s.inverse, r_set(0), r_set(0), r_set(0)};
     return at;
 }
 
 XCE_FN log_prob row_entry(row_state s, real x) /* any entry but the top one: p <= 1/2 */
 {
     real p = r_exp_relative(x, s.ref) * s.inverse;
-    log_prob at = {(x - s.max) - s.log_z, p, r_set(1) - p, r_set(0), r_set(0)};
+    log_prob at = {(x - s.max) - s.log_z, p, r_set(1) - p, r_set(0), r_set(0), r_set(0)};
     return at;
+}
+
+/* Enter the teacher's logit y beside the student's x. The difference of their log-probabilities is that of the logits less one
+ * number for the row: what is rounded away there is common to all classes, and moves a divergence in second order only. */
+XCE_FN void row_teacher(row_state student, row_state teacher, real x, real y, log_prob *at)
+{
+    at->v = (y - teacher.max) - teacher.log_z;
+    at->t = r_exp_relative(y, teacher.ref) * teacher.inverse;
+    at->d = (x - y) - ((student.max - teacher.max) + (student.log_z - teacher.log_z));
 }
 
 XCE_FN real row_lse(row_state s) { return s.max + s.log_z; }
@@ -313,7 +323,7 @@ typedef struct {
     real d_top, d_label;
     real sum, sum1, sum2;   /* of d phi, d phi', d phi'' */
     real z_loss;
-    real v_top, t_top;      /* the teacher at the top entry */
+    real v_top, t_top, gap_top; /* the teacher at the top entry */
 } row_target;
 
 typedef struct {
@@ -326,7 +336,7 @@ XCE_PART row_result row_finish(row_state s, row_target t, int phi, scalar parame
 {
     const real zero = r_set(0);
     log_prob at_top = row_top(s), at_label = row_entry(s, t.label_logit);
-    at_top.v = t.v_top, at_top.t = t.t_top;
+    at_top.v = t.v_top, at_top.t = t.t_top, at_top.d = t.gap_top;
     jet top = loss_phi(phi, at_top, parameter), label = loss_phi(phi, at_label, parameter);
     real a_top = t.d_top + r_select(t.label_is_top, t.index, zero);
     real index = r_select(t.label_is_top, zero, t.index); /* what is left for a label elsewhere */

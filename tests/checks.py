@@ -2,18 +2,22 @@
 
 The tolerances are those of a correctly working kernel. A rounding error of the logits' transform is amplified
 by the size of the logits, and sums whose terms cancel (smoothing, z-loss, softcap) are right relative to the
-largest entry of their row; everything else is right relative to itself.
+largest entry of their row; everything else is right relative to itself. A divergence knows both log-probabilities
+up to a rounding error of the logits' size, and a loss of elements its input up to a few units in the last place:
+how far that moves it, near a kink or a clamp, the reference tells. How right confident rows and elements are,
+and students close to their teacher, is asked by test_accuracy.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
-from cases import oracle
+from cases import CASE_OF, LOSSES, TARGETS_OF_LOSSES, Case, oracle
 
 import xce
 from xce import _cpu, _threads
@@ -22,6 +26,11 @@ from xce._backends import numpy as backend
 Array = np.ndarray[Any, Any]
 
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
+
+every_loss = pytest.mark.parametrize("case", LOSSES, ids=lambda case: case.name)
+every_target = pytest.mark.parametrize(
+    ("case", "mode"), TARGETS_OF_LOSSES, ids=[f"{case.name}-{mode}" for case, mode in TARGETS_OF_LOSSES]
+)
 
 
 def dtype_of(name: str) -> np.dtype[Any]:
@@ -62,6 +71,12 @@ def machine_of(n: int) -> Iterator[None]:
         yield
 
 
+def dtypes_of(case: Case, seed: int) -> list[np.dtype[Any]]:
+    """All of them for the loss whose kernels have the most schedules, by turns for the others."""
+    names = DTYPES if case.function is xce.cross_entropy else [DTYPES[seed % len(DTYPES)]]
+    return [dtype_of(name) for name in names]
+
+
 # How an array lies in memory: the same values in other places
 
 
@@ -100,6 +115,11 @@ LAYOUTS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+def laid_out(layout: Callable[[Array], Array], options: dict[str, Any]) -> dict[str, Any]:
+    """Options whose arrays lie so."""
+    return {k: layout(v) if isinstance(v, np.ndarray) and v.ndim else v for k, v in options.items()}
+
+
 # Comparisons
 
 
@@ -128,26 +148,40 @@ def widen(x: Any) -> Any:
     return x.astype(np.float64) if is_floating else x
 
 
-def check_loss(function: Callable[..., Any], logits: Array, target: Any, **options: Any) -> Any:
+FLAGS: dict[str, Any] = {"return_grad": True, "return_hess": True}
+
+
+def check_loss(function: Callable[..., Any], x: Array, target: Any, **options: Any) -> Any:
     """Compare value, gradient and Hessian diagonal with the reference; return what the kernels say."""
-    flags = {"return_grad": True, "return_hess": True}
-    expected = reference(function, logits, target, **options, **flags)
-    results = function(logits, target, **options, **flags)
-    assert_loss(results, expected, logits, target, is_linear=function is xce.cross_entropy, **options)
+    case = CASE_OF[function]
+    expected = reference(function, x, target, **options, **FLAGS)
+    results = function(x, target, **options, **FLAGS)
+    assert results[0].dtype == compute_dtype(x)
+    if case.kind == "elements":
+        assert_elements(results, expected, x, target, case, **options)
+    elif case.kind == "pairs":
+        assert_divergence(results, expected, x, target, **options)
+    else:
+        own = {k: v for k, v in options.items() if k not in case.params[0]}
+        is_dense = np.ndim(target) == x.ndim or options.get("label_smoothing", 0.0) != 0
+        spread = reference(xce.cross_entropy, x, target, **own, return_hess=True)[1] if case.cancels and is_dense else 0
+        assert_loss(results, expected, x, target, cancels=case.cancels, spread=spread, **options)
     return results
 
 
 def assert_loss(
-    results: Any, expected: Any, logits: Array, target: Any, *, is_linear: bool = True, **options: Any
+    results: Any, expected: Any, logits: Array, target: Any, *, cancels: bool, spread: Any, **options: Any
 ) -> None:
     """Compare value, gradient and Hessian diagonal of a call, each with what its terms can cancel to.
 
-    The derivatives of a phi that is not linear have terms of both signs whatever the target is.
+    The derivatives of a phi that is not linear have terms of both signs whatever the target is. With a dense target
+    they can cancel wherever p is far from 0 and 1, by no more than `spread`, which is A p (1 - p).
     """
     axis, softcap, z_loss = options.get("axis", -1), options.get("softcap"), options.get("z_loss", 0.0)
     is_dense = np.ndim(target) == logits.ndim or options.get("label_smoothing", 0.0) != 0
     transforms = softcap is not None or options.get("temperature", 1.0) != 1.0
-    cancels = not is_linear or is_dense or z_loss != 0 or softcap is not None
+    is_linear = not cancels
+    cancels = cancels or is_dense or z_loss != 0 or softcap is not None
     # the size of the transformed logits of each row
     size = finite(widen(logits)).max(axis, keepdims=True, initial=0.0)
     size = size.clip(max=1e100 if softcap is None else softcap) / options.get("temperature", 1.0)
@@ -156,16 +190,84 @@ def assert_loss(
     tolerance = tolerance + 16 * eps_of(logits) * transforms * size
 
     value, grad, hess = results
-    assert value.dtype == compute_dtype(logits)
     of_value, of_rows = of_value.squeeze(axis), tolerance.squeeze(axis)
     if options.get("reduction", "mean") != "none":
         of_value, of_rows = of_value.max(initial=0.0), of_rows.max(initial=0.0)
     assert_close(value, expected[0], of_rows, of_value + underflow(logits))
 
     slope, curvature = (cancels * finite(d).max(axis, keepdims=True).clip(max=1e300) for d in expected[1:])
+    slope = slope + finite(spread)
     assert_entries(grad, expected[1], tolerance, slope + 8 * curvature, logits)
     of_hess = curvature + (slope / softcap if softcap else 0.0) + (0.0 if is_linear else slope)
     assert_entries(hess, expected[2], tolerance, of_hess, logits)
+
+
+def assert_divergence(results: Any, expected: Any, student: Array, teacher: Array, **options: Any) -> None:
+    """Compare what a divergence says; delta is the error of a log-probability.
+
+    By Pinsker's inequality the probabilities, weighed with the terms, are sqrt(2 loss) apart: so far delta moves it.
+    """
+    axis, temperature = options.get("axis", -1), options.get("temperature", 1.0)
+    size = finite(widen(student)).max(axis, initial=0.0) + finite(widen(teacher)).max(axis, initial=0.0)
+    tolerance = 16 * eps_of(student) + relative_error_of_reference(student, axis)
+    delta = tolerance * (1 + size / temperature)
+    terms = finite(reference(xce.distillation_loss, student, teacher, **options | {"reduction": "none"})).clip(
+        max=1e300
+    )
+    weight = np.broadcast_to(options.get("sample_weight", 1.0), terms.shape).astype(np.float64)
+    absolute = 8 * float(np.finfo(np.float64).eps) * (1 + size / temperature)  # which adds terms of both signs
+    if "teacher_indices" in options:  # the mass of the classes that the teacher lacks is a difference
+        absolute = absolute + 8 * eps_of(student)
+    of_value = delta * (np.sqrt(2 * terms * weight) + terms) + (delta**2 + absolute) * weight + underflow(student)
+    share = weight
+    if options.get("reduction", "mean") == "mean":
+        share = weight / (weight.sum() or 1.0)
+        of_value = of_value / (weight.sum() or 1.0)
+    of_value = of_value if options.get("reduction", "mean") == "none" else of_value.sum()
+    assert_close(results[0], expected[0], tolerance, of_value)
+    # p (log p - log t) of the reverse divergence and its like are as large as the largest difference
+    spread = (share * delta * (1 + finite(terms / np.where(weight, weight, 1.0)))) / temperature
+    spread = np.expand_dims(spread, axis)
+    assert_entries(results[1], expected[1], tolerance, spread / tolerance, student)
+    assert_entries(results[2], expected[2], tolerance, spread / tolerance / temperature, student)
+
+
+def assert_elements(results: Any, expected: Any, x: Array, target: Array, case: Case, **options: Any) -> None:
+    """Compare a loss of elements: each relative to itself, to what moves it, and to what cancels in it."""
+    tolerance = 16 * eps_of(x)
+    wide, y = np.asarray(widen(x)), np.asarray(target).astype(np.float64)
+
+    def jet(x: Array, y: Array) -> Any:
+        own = options | {"reduction": "none", "validate": False}
+        return [np.asarray(f) for f in reference(case.function, x, y, **own, **FLAGS)]
+
+    jets, moved = jet(wide, y), [0.0, 0.0, 0.0]
+    for step in (1 - tolerance / 4, 1 + tolerance / 4):
+        with np.errstate(invalid="ignore"):
+            moved = [m + finite(f - g) for m, f, g in zip(moved, jets, jet(np.asarray(wide * step), y), strict=True)]
+    # terms of both signs: those of either answer if the target is between, and lower derivatives' if it is focal
+    cancelling = [np.zeros_like(wide), np.zeros_like(wide)]
+    if (y != np.round(y)).any() or options.get("label_smoothing", 0.0):
+        ends = [jet(wide, np.full_like(y, answer))[1:] for answer in (0, 1)]
+        cancelling = [finite(no) + finite(yes) for no, yes in zip(*ends, strict=True)]
+    if case.cancels:
+        cancelling[1] = cancelling[1] + 8 * (finite(jets[0]) + finite(jets[1]))
+
+    reduction = options.setdefault("reduction", inspect.signature(case.function).parameters["reduction"].default)
+    denominator = denominator_of(wide, case, **options)
+    of_value = moved[0] if reduction == "none" else np.sum(moved[0]) / denominator
+    assert_close(results[0], expected[0], tolerance, of_value + underflow(x))
+    for result, exact, scale, move in zip(results[1:], expected[1:], cancelling, moved[1:], strict=True):
+        assert_entries(result, exact, tolerance, (scale + move / tolerance) / denominator, x)
+
+
+def denominator_of(x: Array, case: Case, *, reduction: str, **options: Any) -> float:
+    """What the mean of a loss of elements divides the sum of what "none" returns by; 1 if that would be nothing."""
+    rows = np.delete(x.shape, options["axis"]) if case.has_classes else x.shape
+    total = float(np.sum(np.broadcast_to(widen(options.get("sample_weight", 1.0)), rows)))
+    if reduction == "batchmean":
+        total /= max(int(np.prod(x.shape[1:])), 1)
+    return total if reduction in ("mean", "batchmean") and total else 1.0
 
 
 def finite(x: Any) -> Array:
@@ -175,7 +277,7 @@ def finite(x: Any) -> Array:
 
 def underflow(logits: Array) -> float:
     """What a row loses at most where exp underflows: some smallest normal number in each of its entries."""
-    return 400.0 * max(logits.shape) * float(np.finfo(compute_dtype(logits)).tiny)
+    return 400.0 * max(logits.shape, default=1) * float(np.finfo(compute_dtype(logits)).tiny)
 
 
 def relative_error_of_reference(logits: Array, axis: int) -> float:

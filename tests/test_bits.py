@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import LOSSES, problem
-from checks import DTYPES, LAYOUTS, at_level, dtype_of, machine_of, same_bits
+from cases import LOSSES, TARGETS_OF_LOSSES, Case, problem, rows_at
+from checks import DTYPES, FLAGS, LAYOUTS, at_level, dtype_of, dtypes_of, every_target, laid_out, machine_of, same_bits
 
 import xce
 from xce import _cpu
 
-FLAGS: dict[str, Any] = {"return_grad": True, "return_hess": True}
 FEATURES: tuple[dict[str, Any], ...] = (
     {},
     {"weight": True, "ignore": True, "sample_weight": True},
@@ -25,17 +24,19 @@ FEATURES: tuple[dict[str, Any], ...] = (
     {"label_smoothing": 0.1, "weight": True, "where": True, "z_loss": 0.02},
     {"temperature": 0.7, "softcap": 5.0, "ignore": True},
 )
-MODES = ("index", "probabilities")
 
 
 def results_of(shapes: Any, dtype: Any) -> Iterator[np.ndarray]:
     """What every loss and every other function says, over features and modes."""
-    for case, mode, features, (shape, axis) in itertools.product(LOSSES, MODES, FEATURES, shapes):
-        if mode not in case.modes:
+    calls = itertools.product(TARGETS_OF_LOSSES, FEATURES, shapes)
+    for turn, ((case, mode), features, (shape, axis)) in enumerate(calls):
+        if case is not LOSSES[0] and turn % 2:  # 15 shapes, an odd number: each with other features
             continue
-        for reduction, param in itertools.product(("none", "mean", "sum"), case.params):
-            x, y, options = problem(features | {"reduction": reduction}, mode, shape, axis, dtype)
-            yield from case.function(x, y, **options, **param, **FLAGS)
+        for seed, reduction in enumerate(case.reductions):
+            params = case.params if reduction == "none" else case.params[:1]
+            for param in params:
+                x, y, options = problem(features | {"reduction": reduction}, mode, shape, axis, dtype, seed, case)
+                yield from case.function(x, y, **options, **param, **FLAGS)
     for shape, axis in shapes:
         x, y, _ = problem({}, "index", shape, axis, dtype)
         yield from (xce.softmax(x, axis=axis), xce.log_softmax(x, axis=axis), xce.logsumexp(x, axis=axis))
@@ -107,16 +108,29 @@ LARGE = (
 )
 
 
+def assert_threads_do_not_show(case: Case, x: Any, y: Any, **options: Any) -> None:
+    results = []
+    with machine_of(8):
+        for n, reduction in itertools.product((1, 2, 3, 8), case.reductions):
+            results.append(case.function(x, y, n_threads=n, **FLAGS, **options | {"reduction": reduction}))
+    for result, alone in zip(results, itertools.cycle(results[: len(case.reductions)]), strict=False):
+        assert_same(result, alone)
+
+
 @pytest.mark.parametrize("shape", LARGE, ids=str)
 def test_any_number_of_threads(shape: Any, level: str) -> None:
     for dtype, features in (("float32", {}), ("float16", FEATURES[1]), ("float64", FEATURES[3])):
         x, y, options = problem(features, "index", shape[0], shape[1], dtype)
-        results = []
-        with machine_of(8):
-            for n, reduction in itertools.product((1, 2, 3, 8), ("mean", "sum", "none")):
-                results.append(xce.cross_entropy(x, y, n_threads=n, **FLAGS, **options | {"reduction": reduction}))
-        for k in range(3, 12):
-            assert_same(results[k], results[k % 3])
+        assert_threads_do_not_show(LOSSES[0], x, y, **options)
+
+
+@every_target
+def test_any_number_of_threads_for_every_loss(case: Case, mode: str) -> None:
+    for dtype, (shape, axis), features in zip(
+        DTYPES, (LARGE[0], LARGE[1], LARGE[4], LARGE[0]), FEATURES[1:], strict=True
+    ):
+        x, y, options = problem(features, mode, shape, axis, dtype_of(dtype), case=case)
+        assert_threads_do_not_show(case, x, y, **options)
 
 
 def test_any_number_of_threads_for_the_other_functions() -> None:
@@ -159,56 +173,72 @@ def test_that_many_threads_do_run(n: int) -> None:
 # Batches and layouts
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_alone_or_in_a_batch(dtype: str, level: str) -> None:
-    for n_classes, features, mode in itertools.product((3, 16, 65, 1500), FEATURES, MODES):
-        features = features | {"reduction": "none"}
-        x, y, options = problem(features, mode, (19, n_classes), -1, dtype_of(dtype))
-        batch = xce.cross_entropy(x, y, **options, **FLAGS)
-        for i in (0, 7, 18):
-            one = slice(i, i + 1)
-            own = {k: v[one] if k in ("where", "sample_weight") else v for k, v in options.items()}
-            assert_same(xce.cross_entropy(x[one], y[one], **own, **FLAGS), [result[one] for result in batch])
-        more = {k: np.concatenate([v[3:]] * 3) if k in ("where", "sample_weight") else v for k, v in options.items()}
-        results = xce.cross_entropy(np.concatenate([x[3:]] * 3), np.concatenate([y[3:]] * 3), **more, **FLAGS)
-        assert_same([result[16:32] for result in results], [result[3:] for result in batch])
+@every_target
+def test_a_row_alone_or_in_a_batch(case: Case, mode: str, level: str) -> None:
+    thrice = np.tile(np.arange(3, 19), 3)
+    for seed, (n_classes, features) in enumerate(itertools.product((3, 16, 65, 1500), FEATURES)):
+        for dtype in dtypes_of(case, seed):
+            param = case.params[seed % len(case.params)]
+            features = features | {"reduction": "none"}
+            x, y, options = problem(features, mode, (19, n_classes), -1, dtype, seed, case)
+            batch = case.function(x, y, **options, **param, **FLAGS)
+            for place in (slice(1), slice(7, 8), slice(18, 19), thrice):
+                one, target, own = rows_at(place, x, y, options, case)
+                assert_same(case.function(one, target, **own, **param, **FLAGS), [result[place] for result in batch])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_any_axis_and_any_strides(dtype: str, level: str) -> None:
-    for shape, features, mode in itertools.product(((3, 5, 16), (2, 3, 65), (2, 2, 1100)), FEATURES, MODES):
-        x, y, options = problem(features, mode, shape, -1, dtype_of(dtype))
-        expected = xce.cross_entropy(x, y, **options, **FLAGS)
-        for layout in LAYOUTS.values():
-            moved = {k: layout(v) if isinstance(v, np.ndarray) else v for k, v in options.items()}
-            assert_same(xce.cross_entropy(layout(x), layout(y), **moved, **FLAGS), expected)
-        for axis in (0, 1):
-            moved = options | {"axis": axis}
-            if "where" in options:
-                moved["where"] = np.moveaxis(options["where"], -1, axis)
-            for order in ("C", "K"):
+@every_target
+def test_any_strides(case: Case, mode: str, level: str) -> None:
+    for seed, (shape, features) in enumerate(itertools.product(((3, 5, 16), (2, 3, 65), (2, 2, 1100)), FEATURES)):
+        for dtype in dtypes_of(case, seed):
+            x, y, options = problem(features, mode, shape, -1, dtype, seed, case)
+            options |= case.params[seed % len(case.params)]
+            expected = case.function(x, y, **options, **FLAGS)
+            for layout in LAYOUTS.values():
+                assert_same(case.function(layout(x), layout(y), **laid_out(layout, options), **FLAGS), expected)
+
+
+@pytest.mark.parametrize(
+    ("case", "mode"),
+    [(case, mode) for case, mode in TARGETS_OF_LOSSES if case.has_classes],
+    ids=lambda x: x if isinstance(x, str) else x.name,
+)
+def test_any_axis(case: Case, mode: str, level: str) -> None:
+    for seed, (shape, features) in enumerate(itertools.product(((3, 5, 16), (2, 3, 65), (2, 2, 1100)), FEATURES)):
+        for dtype in dtypes_of(case, seed):
+            x, y, options = problem(features | {"reduction": "none"}, mode, shape, -1, dtype, seed, case)
+            options |= case.params[seed % len(case.params)]
+            expected = case.function(x, y, **options, **FLAGS)
+            for axis, order in itertools.product((0, 1), ("C", "K")):
+                moved = options | {"axis": axis}
+                for name in {"where", "teacher_indices"} & set(options):
+                    moved[name] = np.moveaxis(options[name], -1, axis)
                 z = np.moveaxis(x, -1, axis).copy(order=order)
                 target = y if mode == "index" else np.moveaxis(y, -1, axis).copy(order=order)
-                value, *derivatives = xce.cross_entropy(z, target, **moved, **FLAGS)
+                value, *derivatives = case.function(z, target, **moved, **FLAGS)
                 assert_same([value, *(np.moveaxis(d, axis, -1) for d in derivatives)], expected)
 
 
 # Results
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_whatever_else_is_asked_for(dtype: str, level: str) -> None:
+@every_target
+def test_whatever_else_is_asked_for(case: Case, mode: str, level: str) -> None:
     shapes = ((19, 16), (7, 65), (3, 1100), (2, 40_000))
-    for shape, features, mode in itertools.product(shapes, FEATURES, MODES):
-        x, y, options = problem(features, mode, shape, -1, dtype_of(dtype))
-        value, grad, hess = xce.cross_entropy(x, y, **options, **FLAGS)
-        same_bits(xce.cross_entropy(x, y, **options), value)
-        assert_same(xce.cross_entropy(x, y, return_grad=True, **options), (value, grad))
-        assert_same(xce.cross_entropy(x, y, return_hess=True, **options), (value, hess))
-        hess_out = np.asfortranarray(np.zeros_like(x))
-        assert_same(xce.cross_entropy(x, y, grad_out=x, hess_out=hess_out, **options, **FLAGS), (value, grad, hess))
-        same_bits(x, grad)
-        same_bits(hess_out, hess)
+    for seed, (shape, features) in enumerate(itertools.product(shapes, FEATURES)):
+        for dtype in dtypes_of(case, seed):
+            if mode.startswith("sparse") and shape[1] > 2000 and features:
+                continue
+            x, y, options = problem(features, mode, shape, -1, dtype, seed, case)
+            options |= case.params[seed % len(case.params)]
+            value, grad, hess = case.function(x, y, **options, **FLAGS)
+            same_bits(case.function(x, y, **options), value)
+            assert_same(case.function(x, y, return_grad=True, **options), (value, grad))
+            assert_same(case.function(x, y, return_hess=True, **options), (value, hess))
+            hess_out = np.asfortranarray(np.zeros_like(x))
+            assert_same(case.function(x, y, grad_out=x, hess_out=hess_out, **options, **FLAGS), (value, grad, hess))
+            same_bits(x, grad)
+            same_bits(hess_out, hess)
 
 
 def test_softmax_in_place(level: str) -> None:

@@ -84,7 +84,7 @@ error("labels structured", TypeError, "target has dtype [(", X, np.zeros(4, [("a
 error("labels too few", ValueError, "target of dtype int64 has shape (3,) but must have (4,) for logits of "
       "shape (4, 3) and axis=1; it fits axis=0: pass axis=0", X, Y[:3])  # fmt: skip
 error("labels too many", ValueError, "has shape (5,) but must have (4,)", X, np.zeros(5, int))
-error("labels (N, 1)", ValueError, "squeeze it: target.squeeze()", X, Y[:, None])
+error("labels (N, 1)", ValueError, "squeeze it: target.reshape((4,))", X, Y[:, None])
 error("labels of the logits' shape", ValueError, "class indices have no class axis", X, np.zeros((4, 3), int))
 error(
     "labels of PyTorch's layout",

@@ -10,9 +10,8 @@ import os
 from typing import Any
 
 import numpy as np
-import pytest
-from cases import LOSSES, OPTIONS, Case, problem
-from checks import DTYPES, LAYOUTS, check_loss, check_maps, check_stats, dtype_of, same_bits
+from cases import Case, problem
+from checks import DTYPES, LAYOUTS, check_loss, check_maps, check_stats, dtype_of, every_target, same_bits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +28,9 @@ N_CLASSES = st.sampled_from([1, 2, 3, 5, 8, 15, 16, 17, 31, 63, 64, 65, 100, 128
 LAYOUT = st.sampled_from(sorted(LAYOUTS)).map(LAYOUTS.__getitem__)
 SCALES = st.sampled_from([0.0, 1e-30, 0.1, 1.0, 1.0, 10.0, 100.0])
 OFFSETS = st.sampled_from([0.0, 0.0, 0.0, 50.0, -300.0, 1e4])
-LABELS = st.sampled_from(["i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"])
+SIGNED = st.sampled_from(["i1", "i2", "i4", "i8"])
+LABELS = SIGNED | st.sampled_from(["u1", "u2", "u4", "u8"])
+INF = np.inf
 
 
 @st.composite
@@ -57,36 +58,45 @@ def placed(draw: Any, x: Any) -> Any:
     return draw(LAYOUT)(x) if isinstance(x, np.ndarray) and x.ndim else x
 
 
+def first_argument(draw: Any, case: Case, shape: tuple[int, ...], dtype: Any, rng: np.random.Generator) -> np.ndarray:
+    if case.inputs == "probs":
+        p = rng.random(shape) ** draw(st.sampled_from([1, 4, 30]))
+        return np.where(rng.random(shape) < 0.1, rng.integers(2, size=shape), p).astype(dtype)
+    x = draw(logits_of(shape, dtype, rng))
+    return -np.abs(x) if case.inputs == "log_probs" else x
+
+
 @PROFILE
 @given(data=st.data(), dtype=st.sampled_from(DTYPES), shape=shapes(), seed=st.integers(0, 10**6))
-@pytest.mark.parametrize("mode", ["index", "probabilities"])
-@pytest.mark.parametrize("case", LOSSES, ids=lambda case: case.name)
+@every_target
 def test_losses(case: Case, mode: str, data: Any, dtype: str, shape: Any, seed: int) -> None:
-    if mode not in case.modes:
-        return
     draw = data.draw
-    features = {name: draw(st.sampled_from(values), label=name) for name, values in OPTIONS.items()}
+    features = {name: draw(st.sampled_from(values), label=name) for name, values in case.options.items()}
     kind, rng = dtype_of(dtype), np.random.default_rng(seed)
-    _, target, options = problem(features, mode, *shape, kind, seed)
-    logits = draw(logits_of(shape[0], kind, rng))
+    _, target, options = problem(features, mode, *shape, kind, seed, case)
+    x = first_argument(draw, case, shape[0], kind, rng)
     if "where" in options:  # NaN rows that lack classes have a test of their own
-        logits = np.where(np.isfinite(logits), logits, logits.dtype.type(0))
-    if mode == "index":
-        narrow = np.dtype(draw(LABELS))
+        x = np.where(np.isfinite(x), x, x.dtype.type(0))
+    if case.kind == "pairs" and mode != "reverse":  # a certain teacher
+        target = np.where(
+            rng.random(target.shape) < draw(st.sampled_from([0, 0, 0.2])), target.dtype.type(-INF), target
+        )
+    if mode in ("index", "signs"):
+        narrow = np.dtype(draw(LABELS)) if mode == "index" else np.dtype(draw(SIGNED))
         if np.all((target >= np.iinfo(narrow).min) & (target <= np.iinfo(narrow).max)):
             target = np.asarray(target).astype(narrow)
     options |= draw(st.sampled_from(case.params))
     options = {name: placed(draw, value) for name, value in options.items()}
-    logits, target = placed(draw, logits), placed(draw, target)
+    x, target = placed(draw, x), placed(draw, target)
 
-    value, grad, hess = check_loss(case.function, logits, target, **options)
-    same_bits(case.function(logits, target, **options), value)
-    buffer = placed(draw, np.ones_like(logits))
-    result = case.function(logits, target, return_grad=True, grad_out=buffer, **options)
+    value, grad, hess = check_loss(case.function, x, target, **options)
+    same_bits(case.function(x, target, **options), value)
+    buffer = placed(draw, np.ones_like(x))
+    result = case.function(x, target, return_grad=True, grad_out=buffer, **options)
     assert result[1] is buffer
     same_bits(result[0], value)
     same_bits(buffer, grad)
-    same_bits(case.function(logits, target, return_hess=True, **options)[1], hess)
+    same_bits(case.function(x, target, return_hess=True, **options)[1], hess)
 
 
 @PROFILE

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import LOSSES, OPTIONS, Case, combinations, problem
+from cases import CASE_OF, TARGETS_OF_LOSSES, Case, combinations, problem
 from checks import (
     DTYPES,
+    FLAGS,
     LAYOUTS,
     Array,
     assert_close,
@@ -19,6 +20,8 @@ from checks import (
     check_stats,
     compute_dtype,
     dtype_of,
+    every_target,
+    laid_out,
     reference,
     same_bits,
     widen,
@@ -48,11 +51,13 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_every_module_knows_the_phis_of_the_reference(level: str) -> None:
+def test_every_module_knows_the_formulas_of_the_reference(level: str) -> None:
     for storage in DTYPES:
         kernels = _cpu.kernels(storage)
         assert kernels.__name__.endswith(f"{level}_{storage}")
         assert set(kernels.PHI) == set(_reference.PHI)
+        assert set(kernels.DIVERGENCES) == set(_reference.DIVERGENCES)
+        assert set(kernels.ELEMENT_FORMULAS) == set(_reference.ELEMENTS)
 
 
 # Options
@@ -65,19 +70,16 @@ MIXED = (
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", LOSSES, ids=lambda case: case.name)
+@every_target
 def test_every_combination_of_options(case: Case, mode: str, dtype: str, level: str) -> None:
-    if mode not in case.modes:
-        pytest.skip("not a target of this loss")
-    shapes, reductions = itertools.cycle(MIXED), itertools.cycle(OPTIONS["reduction"])
-    others = {name: values for name, values in OPTIONS.items() if name != "reduction"}
-    for seed, features in enumerate(combinations(**others)):
+    shapes, reductions, params = itertools.cycle(MIXED), itertools.cycle(case.reductions), itertools.cycle(case.params)
+    others = {name: values for name, values in case.options.items() if name != "reduction"}
+    every = list(combinations(**others)) if len(others) > 4 else 12 * list(combinations(**others))
+    for seed, features in enumerate(every):
         shape, axis = next(shapes)
         features["reduction"] = next(reductions)
-        logits, target, options = problem(features, mode, shape, axis, dtype_of(dtype), seed)
-        for param in case.params:
-            check_loss(case.function, logits, target, **options, **param)
+        x, target, options = problem(features, mode, shape, axis, dtype_of(dtype), seed, case)
+        check_loss(case.function, x, target, **options, **next(params))
 
 
 # Shapes
@@ -86,12 +88,13 @@ def test_every_combination_of_options(case: Case, mode: str, dtype: str, level: 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("features", FEATURES)
 def test_shapes_around_the_borders_of_the_schedules(features: str, dtype: str, level: str) -> None:
-    reductions, modes = itertools.cycle(OPTIONS["reduction"]), itertools.cycle(MODES * 3 + MODES[:1])
+    targets = itertools.cycle(TARGETS_OF_LOSSES)  # 25: no divisor of the numbers of the shapes
     for seed, (n_classes, n_rows) in enumerate(itertools.product(CLASSES, ROWS)):
         shape, axis = (((n_rows, n_classes), -1), ((n_classes, n_rows), 0), ((2, n_classes, n_rows), 1))[seed % 3]
-        feature = FEATURES[features] | {"reduction": next(reductions)}
-        logits, target, options = problem(feature, next(modes), shape, axis, dtype_of(dtype), seed)
-        check_loss(xce.cross_entropy, logits, target, **options)
+        for case, mode in [(CASE_OF[xce.cross_entropy], MODES[seed // 3 % 2]), next(targets), next(targets)]:
+            feature = FEATURES[features] | {"reduction": case.reductions[seed % len(case.reductions)]}
+            x, target, options = problem(feature, mode, shape, axis, dtype_of(dtype), seed, case)
+            check_loss(case.function, x, target, **options, **case.params[seed % len(case.params)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -131,24 +134,21 @@ def test_more_logits_than_an_int32_counts() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layouts_of_all_arguments_and_buffers(layout: Any, dtype: str) -> None:
-    for seed, (features, mode) in enumerate(itertools.product(FEATURES.values(), MODES)):
-        for shape, axis in (((5, 70), -1), ((18, 6), 1), ((70, 5), 0), ((3, 80, 2), 1), ((4, 9), 0)):
-            logits, target, options = problem(features, mode, shape, axis, dtype_of(dtype), seed)
-            for name in {"weight", "sample_weight", "where"} & set(options):
-                options[name] = layout(options[name])
-            flags = {"return_grad": True, "return_hess": True, "reduction": "none"}
-            exact = reference(xce.cross_entropy, logits, target, **options, **flags)
-            grad, hess = layout(np.full_like(logits, 9)), layout(np.full_like(logits, 9))
-            results = xce.cross_entropy(
-                layout(logits), layout(target), grad_out=grad, hess_out=hess, **options, **flags
-            )
+    shapes = (((5, 70), -1), ((18, 6), 1), ((70, 5), 0), ((3, 80, 2), 1), ((4, 9), 0))
+    for seed, (features, (case, mode)) in enumerate(itertools.product(FEATURES.values(), TARGETS_OF_LOSSES)):
+        of_most = shapes[seed % 5 :][:2]  # the loss with the most schedules has all of them
+        for shape, axis in shapes if case.function is xce.cross_entropy else of_most:
+            x, target, options = problem(features, mode, shape, axis, dtype_of(dtype), seed, case)
+            options |= case.params[seed % len(case.params)] | {"reduction": "none"}
+            own = laid_out(layout, options)
+            grad, hess = layout(np.full_like(x, 9)), layout(np.full_like(x, 9))
+            results = case.function(layout(x), layout(target), grad_out=grad, hess_out=hess, **own, **FLAGS)
             assert results[1] is grad
             assert results[2] is hess
-            expected = xce.cross_entropy(logits, target, **options, **flags)
-            for result, plain, value in zip(results, expected, exact, strict=True):
+            expected = check_loss(case.function, x, target, **options)
+            assert np.isfinite(reference(case.function, x, target, **options)).all()
+            for result, plain in zip(results, expected, strict=True):
                 same_bits(result, plain)
-                assert np.isfinite(value).all()
-            check_loss(xce.cross_entropy, layout(logits), layout(target), **options)
 
 
 def test_broadcast_arguments() -> None:
@@ -227,8 +227,22 @@ EDGE_OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", EDGE_OPTIONS)
 def test_edge_values(name: str, dtype: str, level: str, rng: np.random.Generator) -> None:
-    for n_classes in (1, 2, 5, 16, 64, 65, 200):
-        options = dict(EDGE_OPTIONS[name])
+    check_edges(xce.cross_entropy, name, dtype, rng, (1, 2, 5, 16, 64, 65, 200))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["plain", "smoothing", "probabilities", "ignored", "weights", "sample weights"])
+@pytest.mark.parametrize("function", [xce.focal_loss, xce.poly_loss, xce.generalized_cross_entropy])
+def test_edge_values_of_other_losses(function: Any, name: str, dtype: str, rng: np.random.Generator) -> None:
+    for k, params in enumerate(CASE_OF[function].params):
+        check_edges(function, name, dtype, rng, ((1, 5, 65), (2, 16, 200))[k % 2], **params)
+
+
+def check_edges(
+    function: Any, name: str, dtype: str, rng: np.random.Generator, class_counts: tuple[int, ...], **params: float
+) -> None:
+    for n_classes in class_counts:
+        options: dict[str, Any] = EDGE_OPTIONS[name] | params
         x = edge_rows(n_classes, dtype_of(dtype), rng, widest=name in ("plain", "ignored"))
         n = len(x)
         kind = options.pop("target", "both")
@@ -249,13 +263,13 @@ def test_edge_values(name: str, dtype: str, level: str, rng: np.random.Generator
             options["sample_weight"] = (np.arange(n) % 3).astype(np.float32) / 2
         for target in targets:
             if "where" in options:  # NaN rows that lack classes: see test_where_of_nan_rows
-                options["where"][np.isnan(reference(xce.cross_entropy, x, target, reduction="none", **options))] = True
-            check_loss(xce.cross_entropy, x, target, reduction="none", **options)
-            check_loss(xce.cross_entropy, x.T, target.T, reduction="none", axis=0, **turned(options))
-            good = np.isfinite(reference(xce.cross_entropy, x, target, reduction="none", **options))
+                options["where"][np.isnan(reference(function, x, target, reduction="none", **options))] = True
+            check_loss(function, x, target, reduction="none", **options)
+            check_loss(function, x.T, target.T, reduction="none", axis=0, **turned(options))
+            good = np.isfinite(reference(function, x, target, reduction="none", **options))
             good &= np.abs(widen(np.where(np.isfinite(x), x, 0))).max(-1) < 1e30
             chosen = {k: v[good] if k in ("where", "sample_weight") else v for k, v in options.items()}
-            check_loss(xce.cross_entropy, x[good], target[good], reduction="mean", **chosen)
+            check_loss(function, x[good], target[good], reduction="mean", **chosen)
 
 
 def turned(options: dict[str, Any]) -> dict[str, Any]:

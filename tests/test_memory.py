@@ -16,7 +16,7 @@ import ctypes, itertools, mmap, sys
 sys.path.insert(0, {tests!r})
 import numpy as np
 import xce
-from cases import problem
+from cases import TARGETS_OF_LOSSES, problem
 from checks import DTYPES, dtype_of, same_bits
 
 libc, page, alive = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE, []
@@ -46,24 +46,31 @@ FEATURES = (
 )
 SHAPES = (((1, 3), -1), ((5, 10), -1), ((17, 70), -1), ((33, 129), -1), ((3, 257), -1), ((2, 1100), -1), ((10, 3), 0),
           ((70, 5), 0), ((1100, 3), 0), ((2, 5, 3), 1), ((2, 1030, 3), 1), ((9,), 0))
-for dtype, (shape, axis), features, mode in itertools.product(DTYPES, SHAPES, FEATURES, ("index", "probabilities")):
-    x, y, options = problem(features, mode, shape, axis, dtype_of(dtype))
+turn = itertools.count()
+for dtype, (shape, axis), (case, mode) in itertools.product(DTYPES, SHAPES, TARGETS_OF_LOSSES):
+  own = case.function is xce.cross_entropy
+  for features in FEATURES if own else [FEATURES[next(turn) % 3]]:
+    x, y, options = problem(features, mode, shape, axis, dtype_of(dtype), case=case)
+    options |= case.params[next(turn) % len(case.params)]
     flags = dict(return_grad=True, return_hess=True)
-    expected = xce.cross_entropy(x, y, **options, **flags)
+    expected = case.function(x, y, **options, **flags)
     if mode == "index":
         y = np.asarray(y).astype("i2" if features is FEATURES[0] else "i8")
-    for order, at_end in itertools.product("CF", (True, False)):
-        print(dtype, shape, axis, features, mode, order, "end" if at_end else "start", flush=True)
+    for order, at_end in itertools.product("CF" if own else "CF"[next(turn) % 2], (True, False)):
+        print(case.name, dtype, shape, axis, features, mode, order, "end" if at_end else "start", flush=True)
         place = lambda a: guarded(a, order, at_end) if isinstance(a, np.ndarray) else a
         arrays = {{k: place(v) for k, v in options.items()}}
         z, target, grad, hess = place(x), place(y), place(np.zeros_like(x)), place(np.zeros_like(x))
-        value = xce.cross_entropy(z, target, **arrays)
-        results = xce.cross_entropy(z, target, grad_out=grad, hess_out=hess, **arrays, **flags)
+        value = case.function(z, target, **arrays)
+        results = case.function(z, target, grad_out=grad, hess_out=hess, **arrays, **flags)
         same_bits(value, expected[0])
         for a, b in zip(results, expected):
             same_bits(a, b)
-        xce.cross_entropy(z, target, return_hess=True, hess_out=hess, **arrays)
-        if features is FEATURES[0]:
+        case.function(z, target, return_hess=True, hess_out=hess, **arrays)
+        case.function(z, target, return_grad=True, grad_out=z, **arrays)
+        same_bits(z, expected[1])
+        z[...] = x
+        if own and features is FEATURES[0]:
             xce.softmax(z, axis=axis, out=grad)
             xce.log_softmax(z, axis=axis, out=hess)
             xce.logsumexp(z, axis=axis)

@@ -10,10 +10,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
-from cases import LOSSES
-from checks import DTYPES
+from cases import LOSSES, TARGETS_OF_LOSSES, Case, oracle, problem
+from checks import DTYPES, every_loss
 
 import xce
 from xce import _cpu, _reference
@@ -29,7 +30,11 @@ OF_LAYERS = {  # losses of a layer, with the gradients of its parameters -> wher
 PUBLIC_LOSSES = sorted(
     {name for name, parameters in PARAMETERS.items() if "return_grad" in parameters} - set(OF_LAYERS)
 )
-OF_ARRAYS = sorted(name for name, parameters in PARAMETERS.items() if {"logits", "inputs", "x"} & set(parameters))
+OF_ARRAYS = sorted(
+    name
+    for name, parameters in PARAMETERS.items()
+    if {"logits", "inputs", "x"} & set(parameters) or name in PUBLIC_LOSSES
+)
 
 
 def sections(f: Callable[..., Any]) -> list[str]:
@@ -48,17 +53,33 @@ def test_every_loss_has_a_case(loss: str) -> None:
     assert loss in {case.name for case in LOSSES}
 
 
-@pytest.mark.parametrize("case", LOSSES, ids=lambda case: case.name)
-def test_every_case_is_a_public_loss(case: Any) -> None:
+@every_loss
+def test_every_case_is_a_public_loss(case: Case) -> None:
     assert case.function is getattr(xce, case.name)
     assert case.name in PUBLIC_LOSSES
-    assert case.phi in _reference.PHI
+    assert [other.name for other in LOSSES].count(case.name) == 1
 
 
-def test_every_phi_has_a_case_and_a_kernel() -> None:
-    assert set(_reference.PHI) == {case.phi for case in LOSSES}
+def test_every_formula_has_a_case_and_a_kernel() -> None:
+    found: dict[str, set[str]] = {"phi": set(), "divergence": set(), "element": set()}
+    for case, mode in TARGETS_OF_LOSSES:
+        x, target, options = problem({}, mode, case=case)
+        with mock.patch.object(_reference, "run", wraps=_reference.run) as run:
+            oracle(case.function, x, target, **options)
+        (call,) = run.call_args.args
+        if call.op == "element":
+            found["element"].add(call.formula)
+        else:
+            found["divergence" if call.op == "distillation" else "phi"].add(call.phi)
+    assert found == {
+        "phi": set(_reference.PHI), "divergence": set(_reference.DIVERGENCES), "element": set(_reference.ELEMENTS)
+    }  # fmt: skip
     for storage in DTYPES:
-        assert set(_cpu.kernels(storage).PHI) == set(_reference.PHI)
+        kernels = _cpu.kernels(storage)
+        for known, formulas in zip(
+            (kernels.PHI, kernels.DIVERGENCES, kernels.ELEMENT_FORMULAS), found.values(), strict=True
+        ):
+            assert set(known) == formulas
 
 
 @pytest.mark.parametrize("loss", sorted(OF_LAYERS))

@@ -846,3 +846,14 @@ def test_example() -> None:
 def test_everything_public_has_a_docstring() -> None:
     for name in xce.torch.__all__:
         assert (inspect.getdoc(getattr(xce.torch, name)) or "").split("\n\n")[0].endswith(".")
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_batched_gradients(reduction: str) -> None:
+    x, y = torch.randn(6, 5, dtype=torch.float64, requires_grad=True), torch.randint(5, (6,))
+    vectors = torch.eye(6, dtype=torch.float64) if reduction == "none" else torch.arange(3, dtype=torch.float64)
+    ours, theirs = (
+        torch.autograd.grad(f(x, y, reduction=reduction), x, vectors, is_grads_batched=True)[0]
+        for f in (xce.torch.cross_entropy, torch.nn.functional.cross_entropy)
+    )
+    torch.testing.assert_close(ours, theirs)

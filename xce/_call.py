@@ -243,6 +243,7 @@ def normalise_distillation(
         raise ValueError(f"{name} of shape {shape} has no classes: axis {axis} must have at least one")
     rows = shape[:axis] + shape[axis + 1 :]
     validate = check.flag("validate", validate)
+    divergence = check.choice("divergence", divergence, DIVERGENCES)
     if indices is not None:
         indices = check.sparse_teacher(
             owner, view(owner, first, indices, "teacher_indices", name), teacher, shape, axis, divergence, validate
@@ -263,7 +264,7 @@ def normalise_distillation(
     check.buffers(student, name, {"grad_out": grad_out, "hess_out": hess_out}, inputs)
     # fmt: off
     return Call(
-        op="distillation", phi=check.choice("divergence", divergence, DIVERGENCES), phi_param=0.0, logits=student,
+        op="distillation", phi=divergence, phi_param=0.0, logits=student,
         axis=axis, target=teacher, weight=None, sample_weight=sample_weight, where=None, ignore_index=-100,
         label_smoothing=0.0, temperature=check.real("temperature", temperature), softcap=None, z_loss=0.0,
         reduction=check.choice("reduction", reduction, REDUCTIONS), return_grad=return_grad, return_hess=return_hess,

@@ -96,9 +96,10 @@ def _index_hint(found: tuple[int, ...], shape: tuple[int, ...], rows: tuple[int,
     if fits:
         return f"; it fits axis={fits[0]}: pass axis={fits[0]} if the classes lie there"
     if found == shape:
-        return "; class indices have no class axis, and probabilities must be floats"
+        hint = "; class indices have no class axis, and probabilities must be floats"
+        return hint + ("" if rows else "; for one binary target each, see binary_cross_entropy_with_logits")
     if len(found) > len(rows) and [n for n in found if n != 1] == [n for n in rows if n != 1]:
-        return "; squeeze it: target.squeeze()"
+        return f"; squeeze it: target.reshape({rows})"
     return ""
 
 
@@ -114,10 +115,21 @@ def class_weight(owner: ModuleType, weight: Array, n_classes: int, validate: boo
 
 def row_weight(owner: ModuleType, weight: Array, rows: tuple[int, ...], validate: bool) -> Array:
     """Return the checked sample weights, broadcast to the rows."""
-    weight = typed(weight, "sample_weight", *FLOATS)
+    return broadcast(factors(owner, weight, "sample_weight", validate), "sample_weight", rows, "the rows")
+
+
+def factors(owner: ModuleType, weight: Array, name: str, validate: bool) -> Array:
+    """Return checked weights; `sample_weight` may be a mask, or whole numbers."""
+    allowed = ("bool", *INTEGERS, *FLOATS) if name == "sample_weight" else FLOATS
+    weight = typed(weight, name, *allowed)
+    if dtype_name(weight.dtype) not in FLOATS:
+        from array_api_compat import array_namespace
+
+        xp = array_namespace(weight)
+        weight = xp.astype(weight, xp.float64)
     if validate:
-        values(owner, weight, "sample_weight", *FINITE_NOT_NEGATIVE)
-    return broadcast(weight, "sample_weight", rows, "the rows")
+        values(owner, weight, name, *FINITE_NOT_NEGATIVE)
+    return weight
 
 
 def sparse_teacher(
@@ -163,8 +175,8 @@ def _refuse_repetitions(indices: Array, axis: int) -> None:
     if bool(xp.any(again)):
         flat = int(xp.argmax(xp.astype(xp.reshape(again, (-1,)), xp.uint8)))
         place, label = _entry(ordered[..., 1:], flat)
-        row = place.rpartition(",")[0] + "]" if "," in place else ""
-        raise ValueError(f"teacher_indices has class {int(label)} twice in row {row or '[]'}: classes must be distinct")
+        row = f" in row {place.rpartition(',')[0]}]" if "," in place else ""
+        raise ValueError(f"teacher_indices has class {int(label)} twice{row}: classes must be distinct")
 
 
 def broadcast(x: Array, name: str, shape: tuple[int, ...], what: str) -> Array:

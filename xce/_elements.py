@@ -105,9 +105,7 @@ def normalise_elements(
 
 def _factor(owner: ModuleType, factor: Array, key: str, x: Array, name: str, axis: int | None, validate: bool) -> Array:
     """Return factors of the elements, checked and broadcast to them."""
-    factor = check.typed(factor, key, *check.FLOATS)
-    if validate:
-        check.values(owner, factor, key, *check.FINITE_NOT_NEGATIVE)
+    factor = check.factors(owner, factor, key, validate)
     if axis is None:
         return check.broadcast(factor, key, x.shape, name)
     from array_api_compat import array_namespace

@@ -74,8 +74,8 @@ def _jensen_shannon(xp: Any, u: Array, v: Array) -> tuple[Array, Array, Array]:
 # element formula -> value, first and second derivative at x; y is the target, w the `pos_weight`
 ELEMENTS: dict[str, Callable[..., tuple[Array, Array, Array]]] = {
     "binary_cross_entropy": lambda xp, x, y, w, clamp: (
-        -_times(xp, y, xp.maximum(xp.log(x), xp.full_like(x, clamp)))
-        - _times(xp, 1 - y, xp.maximum(xp.log1p(-x), xp.full_like(x, clamp))),
+        _times(xp, y, -xp.maximum(xp.log(x), xp.full_like(x, clamp)))
+        + _times(xp, 1 - y, -xp.maximum(xp.log1p(-x), xp.full_like(x, clamp))),
         (x - y) / xp.maximum(x * (1 - x), xp.full_like(x, 1e-12)),
         y / xp.maximum(x, xp.full_like(x, 1e-12)) ** 2 + (1 - y) / xp.maximum(1 - x, xp.full_like(x, 1e-12)) ** 2,
     ),
@@ -141,7 +141,7 @@ def _asymmetric(
     ratio = p if clip == 0 else s1 / rest
     value = -_times(xp, y, -_softplus(xp, -x)) - _times(xp, 1 - y, log_rest)
     first = -y * q + (1 - y) * ratio
-    second = y * p * q + (1 - y) * (ratio * (q - p) + ratio**2)
+    second = y * p * q + (1 - y) * (p * q if clip == 0 else ratio * (q - p) + ratio**2)
     wrong = y * q + (1 - y) * shifted
     gamma = gamma_pos * y + gamma_neg * (1 - y)
     power = xp.where(gamma == 0, 1.0, wrong**gamma)
@@ -312,8 +312,8 @@ def _nll(call: Call) -> tuple[Array, Array | None, Array | None]:
     u = _logits(xp, call)
     target = _coefficients(xp, call, u, xp.ones(u.shape, dtype=xp.bool))
     loss = xp.where(target.invalid, math.nan, xp.sum(_times(xp, target.a, -u), axis=-1))
-    grad = xp.where(target.invalid[..., None], math.nan, -target.a)
-    return _reduced(xp, call, loss, grad, xp.zeros_like(u), target.share)
+    grad, hess = (xp.where(target.invalid[..., None], math.nan, d) for d in (-target.a, xp.zeros_like(u)))
+    return _reduced(xp, call, loss, grad, hess, target.share)
 
 
 def _distillation(call: Call) -> tuple[Array, Array | None, Array | None]:

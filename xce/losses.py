@@ -97,7 +97,8 @@ def cross_entropy(
         rows not ignored; with class weights and class indices by the sum of ``weight[target]``; with sample
         weights by the sum over rows of the sample weight times that.
     sample_weight : array, optional
-        Row weights, floating, finite and not negative, broadcastable to the shape of `logits` without `axis`.
+        Row weights, floating (or integer or bool), finite and not negative, broadcastable to the shape of `logits`
+        without `axis`.
     return_grad, return_hess : bool, default False
         Also return the gradient, and the diagonal of the Hessian, of each row's reduced loss by its logits.
     grad_out, hess_out : array, optional
@@ -215,7 +216,7 @@ def focal_loss(
     >>> import numpy as np, xce
     >>> logits = np.array([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
     >>> print(f"{xce.focal_loss(logits, np.array([0, 2]), gamma=2.0):.6f}")
-    0.266987
+    0.266975
     """
     owner, gamma = owner_of(logits, "logits"), check.real("gamma", gamma)
     # fmt: off
@@ -272,7 +273,7 @@ def poly_loss(
     >>> import numpy as np, xce
     >>> logits = np.array([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
     >>> print(f"{xce.poly_loss(logits, np.array([0, 2]), epsilon=1.0):.6f}")
-    1.253820
+    1.253822
     """
     owner, epsilon = owner_of(logits, "logits"), check.real("epsilon", epsilon)
     # fmt: off
@@ -333,7 +334,7 @@ def generalized_cross_entropy(
     >>> import numpy as np, xce
     >>> logits = np.array([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
     >>> print(f"{xce.generalized_cross_entropy(logits, np.array([0, 2]), q=0.7):.6f}")
-    0.554266
+    0.560547
     """
     owner, q = owner_of(logits, "logits"), check.real("q", q)
     # fmt: off
@@ -376,6 +377,19 @@ def nll_loss(
         Log-probabilities in nats. They are taken as they are: rows need not be normalised.
     target : array of integers, or int
         Class indices, of the shape of `log_probs` without `axis`.
+    ignore_index : int, default -100
+        Rows with this label count nothing and are not read: loss and derivatives are exactly 0. Any int64, also a
+        class.
+    sample_weight : array, optional
+        Row weights, floating (or integer or bool), finite and not negative, broadcastable to the shape of
+        `log_probs` without `axis`.
+    return_grad, return_hess : bool, default False
+        Also return the gradient, and the diagonal of the Hessian, of each row's reduced loss by `log_probs`.
+    grad_out, hess_out : array, optional
+        Arrays of the shape and dtype of `log_probs` to write the derivatives to. ``grad_out=log_probs`` overwrites
+        them; any other shared memory is an error.
+    validate : bool, default True
+        False skips the checks that read the data: labels and weights. A bad label then makes its row NaN.
 
     Returns
     -------
@@ -445,19 +459,19 @@ def distillation_loss(
         The teacher's, of the shape of `student_logits`, or of `teacher_indices`. They may be -inf.
     teacher_indices : array of integers, optional
         The classes that `teacher_logits` are of, distinct in each row: of the shape of `student_logits`, but with
-        any number of classes, at least 1, on `axis`. The teacher's probability of all other classes is 0, so
-        that "reverse" would be infinite and is an error.
+        any number of classes, at least 1, on `axis`. The teacher is normalised over these; its probability of all
+        other classes is 0, so that "reverse" would be infinite and is an error.
     temperature : float, default 1.0
-        The divisor :math:`T` of both logits. The loss is not multiplied by its square, and the derivatives
-        are those by the raw logits.
+        The divisor :math:`T` of both logits. The derivatives are those by the raw logits. Hinton et al. multiply
+        the loss by :math:`T^2`; here that is left to the caller.
     divergence : {"forward", "reverse", "js"}, default "forward"
         Kullback-Leibler from the teacher's side or from the student's, or Jensen-Shannon.
     reduction : {"mean", "sum", "none"}, default "mean"
         "none" returns the loss of every row. "mean" divides the sum, and the derivatives, by the number of rows,
         or by the sum of their weights.
     sample_weight : array, optional
-        Row weights, floating, finite and not negative, broadcastable to the shape of `student_logits` without
-        `axis`.
+        Row weights, floating (or integer or bool), finite and not negative, broadcastable to the shape of
+        `student_logits` without `axis`.
     grad_out, hess_out : array, optional
         Arrays of the shape and dtype of `student_logits` to write the derivatives to.
         ``grad_out=student_logits`` overwrites the logits; any other shared memory is an error.
@@ -471,9 +485,22 @@ def distillation_loss(
         ``(loss, grad, hess)``. The derivatives have the shape and dtype of `student_logits`. All arrays are of
         the kind and on the device of `student_logits`.
 
+    Raises
+    ------
+    LabelError
+        An entry of `teacher_indices` is not a class.
+    TypeError
+        An argument is of the wrong kind or dtype, or the arrays come from different libraries.
+    ValueError
+        An option or shape is not allowed, a class is there twice, a weight is negative or not finite, or a buffer
+        does not fit.
+    numpy.exceptions.AxisError
+        `axis` is out of range.
+
     Notes
     -----
-    A NaN or +inf in a row of either, or a row of -inf only, makes that row NaN and no other.
+    Rows of padding are left out by a `sample_weight` of 0 or False. A NaN or +inf in a row of either, or a row of
+    -inf only, makes that row NaN and no other.
 
     References
     ----------
@@ -542,10 +569,10 @@ def binary_cross_entropy_with_logits(
         "none" returns the loss of every element. "mean" divides the sum, and the derivatives, by the number of
         elements or, with sample weights, by the sum of those.
     sample_weight : array, optional
-        Factors of the elements that "mean" counts, floating, finite and not negative, broadcastable to the
-        shape of `logits`.
+        Factors of the elements that "mean" counts, floating (or integer or bool), finite and not negative,
+        broadcastable to the shape of `logits`.
     return_grad, return_hess : bool, default False
-        Also return the first and the second derivative of each element's reduced loss by its logit.
+        Also return the first and the second derivative of each element's reduced loss by the first argument.
     grad_out, hess_out : array, optional
         Arrays of the shape and dtype of the first argument to write the derivatives to. `grad_out` may be the
         first argument itself, which it then overwrites; any other shared memory is an error.
@@ -566,8 +593,8 @@ def binary_cross_entropy_with_logits(
     TypeError
         An argument is of the wrong kind or dtype, or the arrays come from different libraries.
     ValueError
-        An option or shape is not allowed, a target is out of range, a weight is negative or not finite, or a
-        buffer does not fit.
+        An option or shape is not allowed, a target (or probability) is out of range, a weight is negative or not
+        finite, or a buffer does not fit.
 
     Notes
     -----
@@ -645,8 +672,8 @@ def binary_cross_entropy(
         The least value of a logarithm; None leaves them as they are, so that a certain and wrong probability
         has the loss +inf. The derivatives do not know of it.
     sample_weight : array, optional
-        Factors of the elements that "mean" counts, floating, finite and not negative, broadcastable to the
-        shape of `probs`.
+        Factors of the elements that "mean" counts, floating (or integer or bool), finite and not negative,
+        broadcastable to the shape of `probs`.
     validate : bool, default True
         False skips the checks that read the data: probabilities, targets and weights.
 
@@ -778,8 +805,8 @@ def asymmetric_loss(
 
     Notes
     -----
-    Second derivatives of this loss can be negative. timm, whose modules take the sum, bounds the logarithms at
-    log(1e-8); here they have no bound.
+    Second derivatives of this loss can be negative. timm's modules have ``gamma_pos=1.0``, take the sum, and bound
+    the logarithms at log(1e-8); here they have no bound.
 
     References
     ----------
@@ -788,9 +815,9 @@ def asymmetric_loss(
     Examples
     --------
     >>> import numpy as np, xce
-    >>> loss = xce.asymmetric_loss(np.array([2.0, -1.0, 0.0]), np.array([1, 0, 1]), reduction="none")
+    >>> loss = xce.asymmetric_loss(np.array([2.0, 0.5, 0.0]), np.array([1, 0, 1]), reduction="none")
     >>> print(np.round(loss, 4))
-    [0.1269 0.0006 0.6931]
+    [0.1269 0.0913 0.6931]
     """
     params = check.real("gamma_pos", gamma_pos), check.real("gamma_neg", gamma_neg), check.real("clip", clip)
     owner = owner_of(logits, "logits")
@@ -826,7 +853,8 @@ def soft_margin_loss(
     Parameters
     ----------
     target : array of integers or floats, of the shape of `logits`
-        Targets, -1 or 1; any other number will do, too.
+        Targets, -1 or 1; any other number will do, too, but a loss of 0 and 1 is
+        `binary_cross_entropy_with_logits`.
     validate : bool, default True
         False skips the check of the weights.
 
@@ -884,7 +912,8 @@ def multilabel_soft_margin_loss(
         "none" returns the loss of every row. "mean" divides the sum, and the derivatives, by the number of rows,
         or by the sum of their weights.
     sample_weight : array, optional
-        Row weights, floating, finite and not negative, broadcastable to the shape of `logits` without `axis`.
+        Row weights, floating (or integer or bool), finite and not negative, broadcastable to the shape of `logits`
+        without `axis`.
 
     References
     ----------
@@ -946,8 +975,8 @@ def kl_div(
         elements, "batchmean" by the length of the first axis, which makes the divergence of it; with sample
         weights, each element's share is multiplied by its own.
     sample_weight : array, optional
-        Factors of the elements that "mean" and "batchmean" count, floating, finite and not negative,
-        broadcastable to the shape of `log_probs`.
+        Factors of the elements that "mean" and "batchmean" count, floating (or integer or bool), finite and not
+        negative, broadcastable to the shape of `log_probs`.
 
     Notes
     -----
@@ -1292,8 +1321,8 @@ def linear_cross_entropy(
         As in `cross_entropy`; "mean" divides by the denominator of all rows. With "none" the gradients of
         `linear_weight` and `linear_bias` are those of the sum of the rows.
     sample_weight : array, optional
-        Row weights, floating, finite and not negative, broadcastable to the shape of `inputs` without the last
-        axis.
+        Row weights, floating (or integer or bool), finite and not negative, broadcastable to the shape of `inputs`
+        without the last axis.
     return_grad : bool, default False
         Also return the gradients by `inputs`, `linear_weight` and `linear_bias`.
     grad_out : tuple of three arrays or None, optional

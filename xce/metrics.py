@@ -11,7 +11,7 @@ from array_api_compat import array_namespace, device, is_torch_array
 
 from xce import _check as check
 from xce._call import Array
-from xce._dispatch import owner_of
+from xce._dispatch import owner_of, view
 from xce.losses import cross_entropy, logit_stats
 
 __all__ = ["brier_score", "log_loss", "perplexity", "top_k_accuracy"]
@@ -77,6 +77,7 @@ def perplexity(
     >>> print(f"{xce.perplexity(logits, np.array([3, 1, 4])):.4f}")
     50.0000
     """
+    _refuse_probabilities(logits, target)
     # fmt: off
     loss = cross_entropy(
         logits, target, ignore_index=ignore_index, axis=axis, sample_weight=sample_weight, n_threads=n_threads,
@@ -98,7 +99,7 @@ def top_k_accuracy(
 ) -> float:
     r"""Fraction of rows whose target is among the k classes with the largest logits.
 
-    .. math:: \frac1N \sum_i [\#\{c : x_{i c} > x_{i y_i}\} < k]
+    .. math:: \frac1N \sum_i [\#\{c : x_{i c} > x_{i y_i} \text{ or } (x_{i c} = x_{i y_i}, c < y_i)\} < k]
 
     Parameters
     ----------
@@ -135,7 +136,7 @@ def top_k_accuracy(
 
     Notes
     -----
-    A tie with the target counts for it. A row with a NaN is a miss.
+    Of equal logits, those of smaller classes come first, as with argmax. A row with a NaN is a miss.
 
     References
     ----------
@@ -153,7 +154,16 @@ def top_k_accuracy(
     k = check.count("k", k)
     stats = logit_stats(logits, target, axis=axis, ignore_index=ignore_index, n_threads=n_threads, validate=validate)
     xp = array_namespace(stats.rank)
-    hits, ignored = (stats.rank >= 0) & (stats.rank < k), _equals(xp, xp.asarray(target), ignore_index)
+    labels = xp.asarray(target)
+    ignored, known = _equals(xp, labels, ignore_index), stats.rank >= 0
+    if k == 1:
+        hits = known & (stats.argmax == xp.astype(labels, xp.int64))
+    else:
+        x = xp.moveaxis(logits, axis, -1)
+        of_target = xp.astype(stats.target_logit, x.dtype)[..., None]  # exactly: it was read from there
+        before = xp.arange(x.shape[-1]) < xp.astype(labels, xp.int64)[..., None]
+        ties = xp.sum(xp.astype((x == of_target) & before, xp.int64), axis=-1)
+        hits = known & (stats.rank + ties < k)
     n_rows = math.prod(stats.rank.shape) - int(xp.sum(xp.astype(ignored, xp.int64)))
     return int(xp.sum(xp.astype(hits, xp.int64))) / n_rows if n_rows else math.nan
 
@@ -215,6 +225,7 @@ def brier_score(
     >>> print(f"{brier_score(np.log([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]), np.array([0, 2])):.4f}")
     0.2175
     """
+    _refuse_probabilities(logits, target)
     # fmt: off
     _, grad = cross_entropy(  # which is p - [c = y] with all its digits, and 0 where ignored
         logits, target, ignore_index=ignore_index, axis=axis, reduction="sum", return_grad=True, n_threads=n_threads,
@@ -226,6 +237,11 @@ def brier_score(
     ignored = _equals(xp, xp.asarray(target), ignore_index)
     n_rows = math.prod(ignored.shape) - int(xp.sum(xp.astype(ignored, xp.int64)))
     return float(xp.sum(grad * grad, dtype=xp.float64)) / n_rows if n_rows else math.nan
+
+
+def _refuse_probabilities(logits: Array, target: Any) -> None:
+    if not isinstance(target, int):
+        check.typed(view(owner_of(logits, "logits"), logits, target, "target", "logits"), "target", *check.INTEGERS)
 
 
 def _equals(xp: Any, labels: Array, value: int) -> Array:
@@ -245,8 +261,8 @@ def log_loss(
 
     .. math:: -\frac1N \sum_i \log p_{i, y_i}, \qquad \text{or} \quad -\frac1N \sum_i \sum_c q_{i c} \log p_{i c}
 
-    Arguments and numbers are those of `sklearn.metrics.log_loss`; soft labels and a single class among `y_true`
-    will do, too.
+    Arguments and numbers are those of `sklearn.metrics.log_loss`, up to rounding; soft labels and a single class
+    among `y_true` will do, too.
 
     Parameters
     ----------
@@ -277,7 +293,8 @@ def log_loss(
     Warns
     -----
     UserWarning
-        The probabilities of a row do not sum to 1. They are taken as they are.
+        The probabilities of a row do not sum to 1: they are taken as they are. Or `labels` are not sorted: the columns
+        are taken in sorted order.
 
     References
     ----------
@@ -291,9 +308,12 @@ def log_loss(
     >>> print(f"{xce.log_loss(['spam', 'ham', 'ham', 'spam'], proba):.5f}")
     0.21616
     """
-    p = np.asarray(y_proba) if isinstance(y_proba, (list, tuple)) else y_proba
+    normalize = check.flag("normalize", normalize)
+    p = _array(y_proba, "y_proba")
     owner = owner_of(p, "y_proba")
-    p = check.typed(owner.view(p, "y_proba"), "y_proba", "float16", "float32", "float64")
+    if check.dtype_name(p.dtype) in ("bool", *check.INTEGERS):  # certain answers
+        p = array_namespace(p).astype(p, array_namespace(p).float64)
+    p = check.typed(p, "y_proba", "float16", "float32", "float64")
     check.values(owner, p, "y_proba", 0.0, 1.0, "every probability must be between 0 and 1")
     xp = array_namespace(p)
     if p.ndim not in (1, 2) or p.shape[0] == 0:
@@ -305,9 +325,9 @@ def log_loss(
     p = p if p.dtype in (xp.float32, xp.float64) else xp.astype(p, xp.float32)
     if not bool(xp.all(xp.abs(xp.sum(p, axis=1) - 1) <= math.sqrt(eps))):
         warnings.warn("y_proba: there are rows that do not sum to one; they are taken as they are", stacklevel=2)
-    weights = _row_weights(xp, p, sample_weight)
+    weights = None if sample_weight is None else _row_weights(xp, p, sample_weight)
 
-    truth = y_true if hasattr(y_true, "__array_namespace__") or is_torch_array(y_true) else np.asarray(y_true)
+    truth = _array(y_true, "y_true")
     if len(truth.shape) == 2 and truth.shape[1] != 1:
         losses = _of_soft_labels(xp, p, truth, eps)
     else:
@@ -321,13 +341,19 @@ def log_loss(
     return total / scale if scale else math.nan
 
 
-def _row_weights(xp: Any, p: Array, sample_weight: Any) -> Array | None:
-    if sample_weight is None:
-        return None
-    weights = xp.asarray(sample_weight, dtype=xp.float64, device=device(p))
+def _array(x: Any, name: str) -> Any:
+    """Return arrays as they are computed on, and lists, series and frames as arrays of NumPy."""
+    if hasattr(x, "__array_namespace__") or is_torch_array(x):
+        return owner_of(x, name).view(x, name)
+    return np.asarray(x)
+
+
+def _row_weights(xp: Any, p: Array, sample_weight: Any) -> Array:
+    weights = _array(sample_weight, "sample_weight")
+    weights = check.factors(owner_of(weights, "sample_weight"), weights, "sample_weight", True)
     if weights.shape != p.shape[:1]:
         raise ValueError(f"sample_weight has shape {weights.shape} but must have {p.shape[:1]}, one weight per row")
-    return weights
+    return xp.asarray(weights, dtype=xp.float64, device=device(p))
 
 
 def _of_soft_labels(xp: Any, p: Array, truth: Array, eps: float) -> Array:
@@ -349,6 +375,8 @@ def _class_indices(truth: Array, shape: tuple[int, int], labels: Any) -> Array:
         classes = xp.unique_values(xp.asarray(labels))
         if classes.shape[0] != shape[1]:
             raise ValueError(f"labels has {classes.shape[0]} classes but y_proba has {shape[1]}: {classes}")
+        if not bool(xp.all(xp.asarray(labels) == classes)):
+            warnings.warn(f"labels: the columns of y_proba are taken in sorted order, {classes}", stacklevel=3)
     elif found.shape[0] == shape[1]:
         classes = found
     else:

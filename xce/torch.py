@@ -257,7 +257,9 @@ class _Value(torch.autograd.Function):
 
 def _product(vector: Tensor, gradient: Tensor) -> Tensor:
     """Return ``vector * gradient``, in the memory of the gradient if nobody is going to read it again."""
-    if torch.is_grad_enabled() or _is_followed() or torch._C._autograd._get_current_graph_task_keep_graph():
+    is_batched = torch._C._functorch.is_legacy_batchedtensor(vector)  # torch.autograd.grad(is_grads_batched=True)
+    keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph()
+    if torch.is_grad_enabled() or keeps_graph or is_batched or _is_followed():
         return vector * gradient
     gradient = gradient.detach()
     if vector.ndim == 0 and vector.item() == 1:  # the loss is the root of the graph

@@ -43,19 +43,63 @@ def layer_arguments(shape: tuple[int, ...], dtype: str = "float32") -> tuple[Arr
 # name -> what makes the arrays of a loss that begins with a layer
 LAYERS: dict[str, Callable[..., tuple[Array, ...]]] = {"linear_cross_entropy": layer_arguments}
 
-# name -> what makes the arguments after the logits. Losses come by themselves: they return gradients, of class labels.
-LOSSES: dict[str, Callable[[Array], tuple[Array, ...]]] = {
-    name: class_labels
+
+def of_classes(logits: Array) -> tuple[Array, Array]:
+    """Logits, and the label of each row."""
+    return logits, *class_labels(logits)
+
+
+def log_probs(logits: Array) -> Array:
+    """Their log-softmax."""
+    result: Array = xce.log_softmax(logits)
+    return result
+
+
+def probs(logits: Array) -> Array:
+    """One probability for each logit."""
+    return (1 / (1 + np.exp(-logits.astype(np.float32)))).astype(logits.dtype)
+
+
+def normal(logits: Array) -> Array:
+    """Other numbers of the same kind."""
+    return np.random.default_rng(1).standard_normal(logits.shape, np.float32).astype(logits.dtype)
+
+
+def labels(logits: Array) -> Array:
+    """0 or 1 for each logit, in its dtype, as most data come."""
+    return (np.random.default_rng(1).random(logits.shape, np.float32) < 0.3).astype(logits.dtype)
+
+
+def of_labels(logits: Array) -> tuple[Array, Array]:
+    """Logits, and a label for each of them."""
+    return logits, labels(logits)
+
+
+# name -> what makes the first two arguments from logits. Losses come by themselves, and those not named here have the
+# labels of classes: a loss of other things fails the test that runs every benchmark.
+LOSSES: dict[str, Callable[[Array], tuple[Array, Array]]] = {
+    name: of_classes
     for name in xce.__all__
     if inspect.isfunction(getattr(xce, name))
     and "return_grad" in inspect.signature(getattr(xce, name)).parameters
     and name not in LAYERS
+} | {
+    "nll_loss": lambda logits: (log_probs(logits), *class_labels(logits)),
+    "distillation_loss": lambda logits: (logits, normal(logits)),
+    "binary_cross_entropy": lambda logits: (probs(logits), labels(logits)),
+    "binary_cross_entropy_with_logits": of_labels,
+    "sigmoid_focal_loss": of_labels,
+    "asymmetric_loss": of_labels,
+    "soft_margin_loss": lambda logits: (logits, 2 * labels(logits) - 1),
+    "multilabel_soft_margin_loss": of_labels,
+    "kl_div": lambda logits: (log_probs(logits), np.exp(log_probs(normal(logits)))),
 }
 TRANSFORMS: dict[str, Callable[[Array], tuple[Array, ...]]] = {
     "softmax": no_target,
     "log_softmax": no_target,
     "logsumexp": no_target,
     "logit_stats": class_labels,
+    "perplexity": class_labels,
 }
 
 
@@ -92,12 +136,13 @@ def make_logits(shape: tuple[int, ...], dtype: str = "float32") -> Array:
 
 def loss_call(loss: str, logits: Array, returns: str) -> Callable[..., Any]:
     """A call of a public loss whose outputs are buffers made, and touched, here and reused by every call."""
+    function, (x, target) = public(loss), LOSSES[loss](logits)
     options: dict[str, Any] = {}
     if "grad" in returns:
-        options |= {"return_grad": True, "grad_out": np.full_like(logits, 1)}
+        options |= {"return_grad": True, "grad_out": np.full_like(x, 1)}
     if "hess" in returns:
-        options |= {"return_hess": True, "hess_out": np.full_like(logits, 1)}
-    return partial(public(loss), logits, *LOSSES[loss](logits), **options)
+        options |= {"return_hess": True, "hess_out": np.full_like(x, 1)}
+    return partial(function, x, target, **options)
 
 
 def layer_call(loss: str, shape: tuple[int, ...], dtype: str, returns: str) -> Callable[..., Any]:

@@ -1,6 +1,9 @@
-"""The losses of single elements. Arrays are walked in C order, whatever their strides, in blocks that are turned into
-numbers side by side (those that already are, in place), and computed on by the loops of elements.h. Blocks, and the sums of
-their values, depend on the shape alone."""
+"""The losses of single elements.
+
+Arrays are walked in C order, whatever their strides, in blocks that are turned into numbers side by side (those that
+already are, in place), and computed on by the loops of elements.h. Blocks, and the sums of their values, depend on the
+shape alone.
+"""
 
 cdef extern from "cpu/elements.h" nogil:
     enum:

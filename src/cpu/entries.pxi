@@ -48,7 +48,9 @@ cdef inline real logits(const Job *job, const View *v, Py_ssize_t c, int n, bint
     return transform_logit(job.transform, x) if level == MIXED and job.transforms else x
 
 
-cdef inline real teacher_logits(const Job *job, const View *v, Py_ssize_t c, int n, bint wide, int level) noexcept nogil:
+cdef inline real teacher_logits(
+    const Job *job, const View *v, Py_ssize_t c, int n, bint wide, int level
+) noexcept nogil:
     """The teacher's, transformed likewise."""
     cdef real y
     if not wide and v.kept_teacher != NULL:
@@ -62,12 +64,16 @@ cdef inline real teacher_logits(const Job *job, const View *v, Py_ssize_t c, int
 cdef inline log_prob entries(const View *v, real x, real p) noexcept nogil:
     cdef log_prob at
     at.u, at.p, at.not_p = (x - v.max) - v.log_z, p, r_set(1) - p
-    at.v, at.t = r_set(0), r_set(0)
+    at.v, at.t, at.d = r_set(0), r_set(0), r_set(0)
     return at
 
 
-cdef inline void add_teacher(const View *v, real y, log_prob *at) noexcept nogil:
-    at.v, at.t = (y - v.teacher_max) - v.teacher_log_z, r_exp_relative(y, v.teacher_ref) * v.teacher_inverse
+cdef inline void add_teacher(const View *v, real x, real y, log_prob *at) noexcept nogil:
+    cdef row_state student, teacher
+    student.max, student.log_z = v.max, v.log_z
+    teacher.max, teacher.log_z, teacher.inverse = v.teacher_max, v.teacher_log_z, v.teacher_inverse
+    teacher.ref = v.teacher_ref
+    row_teacher(student, teacher, x, y, at)
 
 
 cdef inline real coefficients(const Job *job, const View *v, Py_ssize_t c, int n, bint wide, int level) noexcept nogil:
@@ -117,7 +123,7 @@ cdef inline void terms(
     if kind == SUM_PHI:
         at = entries(v, x, e * v.inverse)
         if job.teacher != NULL:
-            add_teacher(v, teacher_logits(job, v, c, n, wide, level), &at)
+            add_teacher(v, x, teacher_logits(job, v, c, n, wide, level), &at)
             phi = loss_phi(job.phi, at, job.parameter)
             out[0], out[1], out[2] = phi.value, phi.d1, phi.d2
         else:
@@ -142,11 +148,13 @@ cdef inline void terms(
             out[1], out[2] = without_top(v, out[1], c, wide), without_top(v, out[2], c, wide)
 
 
-cdef inline jet sparse_entries(const Job *job, const View *v, Py_ssize_t c, int n, bint wide, log_prob *at) noexcept nogil:
+cdef inline jet sparse_entries(
+    const Job *job, const View *v, Py_ssize_t c, int n, bint wide, log_prob *at
+) noexcept nogil:
     """The divergence at places c on of a sparse teacher's classes."""
     cdef real x = v.picked[c // LANES if wide else c]
     at[0] = entries(v, x, r_exp_relative(x, v.ref) * v.inverse)
-    add_teacher(v, teacher_logits(job, v, c, n, wide, FULL), at)
+    add_teacher(v, x, teacher_logits(job, v, c, n, wide, FULL), at)
     return loss_phi(job.phi, at[0], job.parameter)
 
 
@@ -191,7 +199,7 @@ cdef inline void write(
         if level >= MIXED and not job.linear:
             at = entries(v, x, p)
             if job.teacher != NULL:
-                add_teacher(v, teacher_logits(job, v, c, n, wide, level), &at)
+                add_teacher(v, x, teacher_logits(job, v, c, n, wide, level), &at)
                 phi = loss_phi(job.phi, at, job.parameter)
             else:
                 phi = loss_phi(job.phi, at, job.parameter)

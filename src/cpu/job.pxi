@@ -99,7 +99,7 @@ cdef struct Tile:
     scalar phi_sums[TERMS][LANES]
     scalar teacher_max[LANES]
     scalar teacher_rest[LANES]
-    scalar top_place[LANES]            # among the classes of a sparse teacher, or -1
+    Py_ssize_t top_place[LANES]        # among the classes of a sparse teacher, or -1
     row_state state, teacher
     row_result result
 

@@ -50,7 +50,7 @@ cdef extern from "formulas.h" nogil:
     ctypedef struct exp_reference:
         pass
     ctypedef struct log_prob:
-        real u, p, not_p, v, t
+        real u, p, not_p, v, t, d
     ctypedef struct jet:
         real value, d1, d2
     ctypedef struct logit_transform:
@@ -59,7 +59,7 @@ cdef extern from "formulas.h" nogil:
         exp_reference ref
         real max, top, rest, inverse, log_z
     ctypedef struct row_target:
-        real factor, weight, index, label_logit, d_top, d_label, sum, sum1, sum2, z_loss, v_top, t_top
+        real factor, weight, index, label_logit, d_top, d_label, sum, sum1, sum2, z_loss, v_top, t_top, gap_top
         rmask label_is_top
     ctypedef struct row_result:
         real value, b, d, grad_top, hess_top, grad_label, hess_label
@@ -103,6 +103,7 @@ cdef extern from "formulas.h" nogil:
     real r_add8(const real *a)
     row_state row_close(real max, real rest)
     real row_lse(row_state s)
+    void row_teacher(row_state student, row_state teacher, real x, real y, log_prob *at)
     row_result row_finish(row_state s, row_target t, int phi, scalar parameter)
     jet loss_phi(int phi, log_prob at, scalar parameter)
     scalar share_outside(int phi)

@@ -489,17 +489,19 @@ cdef inline void finish(const Job *job, Tile *tile) noexcept nogil:
     for i in range(LANES):
         elsewhere[i] = tile.label[i] != tile.top[i] and tile.label[i] >= 0
     t.d_top, t.d_label = zero, zero
-    t.v_top, t.t_top = zero, zero
+    t.v_top, t.t_top, t.gap_top = zero, zero, zero
     if job.dense or job.transforms:
         for i in range(LANES):
             d_top[i], d_label[i], raw_label[i], raw_top[i] = 0, 0, 0, 0
         for i in range(tile.n):
             if tile.status[i] == IGNORED:
                 continue
-            d_top[i] = dense_of(job, tile, i, tile.top[i])
+            if job.dense and job.teacher == NULL:
+                d_top[i] = dense_of(job, tile, i, tile.top[i])
             raw_top[i] = raw_logit_of(job, tile, i, tile.top[i])
             if tile.label[i] >= 0:
-                d_label[i] = dense_of(job, tile, i, tile.label[i])
+                if job.dense:
+                    d_label[i] = dense_of(job, tile, i, tile.label[i])
                 raw_label[i] = raw_logit_of(job, tile, i, tile.label[i])
         t.d_top, t.d_label = r_load_scalars(d_top), r_load_scalars(d_label)
     if job.teacher != NULL:

@@ -52,18 +52,19 @@ cdef inline void teacher_at_top(const Job *job, const Tile *tile, row_target *t)
     """The teacher's log-probability and probability of the student's top class."""
     cdef scalar logit[LANES]
     cdef Py_ssize_t place
+    cdef log_prob at
     cdef real y
     cdef int i
     r_store_scalars(logit, r_set(-INF))
     for i in range(tile.n):
-        place = <Py_ssize_t>tile.top_place[i] if job.sparse_teacher else tile.top[i]
+        place = tile.top_place[i] if job.sparse_teacher else tile.top[i]
         if place >= 0:
             logit[i] = s_load(<const storage *>entry_of(job, tile, Q, i, place))
     y = r_load_scalars(logit)
     if job.transforms:
         y = transform_logit(job.transform, y)
-    t.v_top = (y - tile.teacher.max) - tile.teacher.log_z
-    t.t_top = r_exp_relative(y, r_exp_reference(tile.teacher.max)) * tile.teacher.inverse
+    row_teacher(tile.state, tile.teacher, tile.state.max, y, &at)
+    t.v_top, t.t_top, t.gap_top = at.v, at.t, at.d
 
 
 # ---- a sparse teacher ------------------------------------------------------------------------------------------------
@@ -81,7 +82,7 @@ cdef void pick(const Job *job, Tile *tile, int i, scalar *picked, Py_ssize_t ste
     for j in range(n):
         label = index_at(job, tile, i, j)
         if label.value == tile.top[i]:
-            tile.top_place[i] = <scalar>j
+            tile.top_place[i] = j
         if label.value >= 0:
             picked[j * step] = logit_of(job, tile, i, label.value)
         else:                          # a class out of range that nobody checked

@@ -82,7 +82,7 @@ cdef inline void clear_row(const Job *job, const Tile *tile, int i, scalar a) no
     if job.want_grad:
         fill_row(job, tile, i, GRAD, a)
     if job.want_hess:
-        fill_row(job, tile, i, HESS, 0)
+        fill_row(job, tile, i, HESS, a)
 
 
 cdef void nll_tile(const Job *job, Tile *tile) noexcept nogil:
@@ -145,7 +145,7 @@ cdef void wide_tile(const Job *job, Tile *tile, real *stage) noexcept nogil:
             set_outputs(job, tile, &v)
             pick_row(&v, i)
             if job.sparse_teacher:
-                v.top, v.picked = <Py_ssize_t>tile.top_place[i], <const real *>picked_row(job, stage, i)
+                v.top, v.picked = tile.top_place[i], <const real *>picked_row(job, stage, i)
                 sum_sparse(job, &v, sums)
             else:
                 v.top = tile.top[i]
@@ -201,7 +201,6 @@ cdef void many_tile(const Job *job, Tile *tile, real *stage) noexcept nogil:
     prefetch_next(job, tile)
     r_store_scalars(tile.max, v.max)
     r_store_scalars(tops, v.tops)
-    r_store_scalars(tile.top_place, r_set(-1))
     for i in range(LANES):
         tile.top[i] = <Py_ssize_t>tops[i]
         active[i] = tile.status[i] != IGNORED
@@ -230,7 +229,9 @@ cdef void many_tile(const Job *job, Tile *tile, real *stage) noexcept nogil:
     if job.sparse_teacher or (job.dense and not job.linear):
         set_outputs(job, tile, &v)
         if job.sparse_teacher:
-            v.tops = r_load_scalars(tile.top_place)
+            for i in range(LANES):
+                tops[i] = <scalar>tile.top_place[i] if i < tile.n else -1
+            v.tops = r_load_scalars(tops)
             sum_sparse(job, &v, sums)
         else:
             sum_rows(job, &v, SUM_PHI, FORGET, sums)

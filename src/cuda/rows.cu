@@ -237,12 +237,6 @@ XCE_FN log_prob entry(const row_state &s, scalar x)
     return row_entry(s, x);
 }
 
-XCE_FN void add_teacher(const row_state &teacher, scalar y, log_prob *at)
-{
-    at->v = (y - teacher.max) - teacher.log_z;
-    at->t = r_exp_relative(y, teacher.ref) * teacher.inverse;
-}
-
 /* ---- what a row leaves for its entries ------------------------------------------------------------------------------------ */
 
 struct row_outputs {
@@ -277,7 +271,7 @@ template <bool FULL> XCE_FN void derivatives(const row_job &j, const row_view &v
             log_prob at = entry(r.state, x);
             jet f;
             if (j.teacher) {
-                add_teacher(r.teacher, teacher_logit(j, v, c), &at);
+                row_teacher(r.state, r.teacher, x, teacher_logit(j, v, c), &at);
                 f = loss_phi(PHI(j), at, (scalar)j.parameter);
             } else {
                 scalar d = coefficient(j, v, c);
@@ -332,7 +326,7 @@ XCE_FN int64_t class_at(const row_job &j, const char *indices, int64_t place)
 XCE_FN jet sparse_entry(const row_job &j, const row_view &v, const row_outputs &r, int64_t place, scalar x, log_prob *at)
 {
     *at = entry(r.state, x);
-    add_teacher(r.teacher, teacher_logit(j, v, place), at);
+    row_teacher(r.state, r.teacher, x, teacher_logit(j, v, place), at);
     return loss_phi(PHI(j), *at, (scalar)j.parameter);
 }
 
@@ -344,13 +338,13 @@ XCE_FN row_outputs finish_row(const row_job &j, const row_view &v, row_outputs r
     row_target t;
     t.factor = sample * scale, t.weight = sample, t.index = index, t.label_logit = label_logit;
     t.label_is_top = r.label < 0 || r.label == r.top;
-    t.d_top = t.d_label = t.v_top = t.t_top = 0;
+    t.d_top = t.d_label = t.v_top = t.t_top = t.gap_top = 0;
     t.sum = t.sum1 = t.sum2 = 0, t.z_loss = (scalar)j.z_loss;
     if (FULL && j.teacher) {
         scalar y = sparse && top_place < 0 ? -XCE_INF : teacher_logit(j, v, sparse ? top_place : r.top);
         log_prob at;
-        add_teacher(r.teacher, y, &at);
-        t.d_top = 1, t.v_top = at.v, t.t_top = at.t;
+        row_teacher(r.state, r.teacher, r.state.max, y, &at);
+        t.d_top = 1, t.v_top = at.v, t.t_top = at.t, t.gap_top = at.d;
         if (r.teacher.log_z != r.teacher.log_z)
             t.index = XCE_NAN;
     } else if (j.dense) {
@@ -596,7 +590,7 @@ XCE_FN void one_row(const row_job &j, int64_t row, chunk *kept, message_board *b
                     log_prob at = entry(r.state, x[i]);
                     jet g;
                     if (j.teacher) {
-                        add_teacher(r.teacher, teacher_logit(j, v, c + i), &at);
+                        row_teacher(r.state, r.teacher, x[i], teacher_logit(j, v, c + i), &at);
                         g = loss_phi(PHI(j), at, (scalar)j.parameter);
                     } else {
                         scalar d = coefficient(j, v, c + i);

@@ -151,9 +151,10 @@ class Rows:
         """Write the arrays into a job."""
         for name, a in arrays.items():
             if a is not None:
-                job[name]["data"] = device.pointer(a)
                 if name in ("weight", "denominator"):
+                    job[name] = device.pointer(a)
                     continue
+                job[name]["data"] = device.pointer(a)
                 job[name]["classes"] = self.classes[name]
                 job[name]["rows"][: len(self.shape)] = self.strides[name]
         job["n_rows"], job["axes"] = math.prod(self.shape), len(self.shape)

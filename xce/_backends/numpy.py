@@ -173,17 +173,20 @@ def _is_beyond(x: float) -> bool:
 
 
 def _is_plain(call: Call) -> bool:
-    return call[10:14] == _PLAIN and call.weight is None and call.sample_weight is None
+    return (
+        call[10:14] == _PLAIN and call.weight is None and call.sample_weight is None and not _is_beyond(call.phi_param)
+    )
 
 
 def _is_beyond_float32(call: Call) -> bool:
-    options = call.label_smoothing, call.temperature, call.softcap or 0.0, call.z_loss
+    options = call.phi_param, call.label_smoothing, call.temperature, call.softcap or 0.0, call.z_loss
     return any(map(_is_beyond, options)) or _has_beyond(call.weight, call.sample_weight)
 
 
 def _has_beyond(*weights: Any) -> bool:
     for weight in weights:
         if weight is not None and weight.dtype == np.float64 and weight.size:
+            weight = _distinct(weight)
             smallest = weight.min(where=weight > 0, initial=1.0)
             if _is_beyond(float(smallest)) or _is_beyond(float(weight.max())):
                 return True
@@ -308,6 +311,8 @@ def _state(call: Call, kernels: ModuleType, scalar: np.dtype[Any]) -> tuple[Any,
 def _elements(call: ElementCall, kernels: ModuleType, scalar: np.dtype[Any]) -> Any:
     x, y, axis = call.logits, call.target, call.axis
     pos_weight, weight, sample_weight = call.pos_weight, call.weight, call.sample_weight
+    if scalar is not _FLOAT64 and any(map(_is_beyond, call.params)):
+        return _in_wider(call, _FLOAT64)
     if not (pos_weight is weight is sample_weight is None):
         if scalar is not _FLOAT64 and _has_beyond(pos_weight, weight, sample_weight):
             return _in_wider(call, _FLOAT64)
@@ -319,9 +324,6 @@ def _elements(call: ElementCall, kernels: ModuleType, scalar: np.dtype[Any]) -> 
         kind = _NUMBER_KINDS.get(y.dtype, 0)
         if not kind:  # the other type of 16 bits
             y, kind = _cast(y, scalar), _NUMBER_KINDS[scalar]
-    grad = np.empty_like(x, subok=False) if call.return_grad and call.grad_out is None else call.grad_out
-    hess = np.empty_like(x, subok=False) if call.return_hess and call.hess_out is None else call.hess_out
-
     per_row = 1 if axis is None else x.shape[axis]
     denominator = float(per_row)
     if call.reduction in ("mean", "batchmean"):
@@ -329,6 +331,10 @@ def _elements(call: ElementCall, kernels: ModuleType, scalar: np.dtype[Any]) -> 
         if call.reduction == "batchmean":
             per_batch = math.prod(x.shape[1:])
             denominator = denominator / per_batch if per_batch else float(len(x))
+        if scalar is not _FLOAT64 and _is_beyond(denominator):
+            return _in_wider(call, _FLOAT64)
+    grad = np.empty_like(x, subok=False) if call.return_grad and call.grad_out is None else call.grad_out
+    hess = np.empty_like(x, subok=False) if call.return_hess and call.hess_out is None else call.hess_out
     value, row = None, 0
     if call.reduction == "none":
         value = np.empty(x.shape if axis is None else x.shape[:axis] + x.shape[axis + 1 :], scalar)
@@ -357,7 +363,7 @@ def _cast_broadcast(x: Any, dtype: np.dtype[Any]) -> Any:
 
 def _sum(x: Any) -> float:
     """The sum of a broadcast array, always added in the same order."""
-    distinct = np.ascontiguousarray(_distinct(x))
+    distinct = np.require(_distinct(x), requirements=["C", "A"])
     repetitions = int(x.size) // max(int(distinct.size), 1)
     return float(np.sum(distinct, dtype=np.float64)) * repetitions
 

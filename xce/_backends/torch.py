@@ -17,7 +17,10 @@ __all__ = ["run", "run_linear", "scan_labels", "scan_values", "view", "wrap"]
 def view(x: Any, name: str) -> Any:
     """Return the memory of `x` as a NumPy array."""
     if x.requires_grad:
-        raise TypeError(f"{name} requires grad: detach it, or use xce.torch")
+        raise TypeError(
+            f"{name} requires grad: detach it, or use xce.torch, which has PyTorch's own losses with autograd "
+            "(return_grad=True returns the gradient of any loss)"
+        )
     if x.device.type == "cuda":
         cupy.view(x, name)
     try:
