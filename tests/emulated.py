@@ -33,7 +33,7 @@ extern "C" void launch_{kernel}(const void *job, unsigned grid, unsigned x, unsi
 }}
 extern "C" size_t size_{kernel}() {{ return sizeof({type}); }}
 """
-JOBS = {"rows": "row_job", "partial_sums": "sum_job", "final_sum": "sum_job"}
+JOBS = {"rows": "row_job", "partial_sums": "sum_job", "final_sum": "sum_job", "elements": "element_job"}
 
 
 @cache
@@ -41,7 +41,9 @@ def library(module: _cuda.Module) -> ctypes.CDLL:
     definitions = dict(module.definitions)
     definitions.pop("XCE_PHI", None)  # one library for all losses
     definitions.pop("XCE_WHAT", None)
-    kernels = ["partial_sums", "final_sum"] if "XCE_ONLY_SUMS" in definitions else ["rows"]
+    kernels = ["partial_sums", "final_sum"] if "XCE_SUMS" in definitions else ["rows"]
+    if "XCE_FORMULA" in definitions:
+        kernels = ["elements"]
     code = f'#define XCE_STORAGE_{module.storage}\n#include "{Path(__file__).parent / "emulation.h"}"\n'
     code += _cuda.text(*module.files)
     code += "".join(ENTRY.format(kernel=kernel, type=JOBS[kernel]) for kernel in kernels)
@@ -71,12 +73,20 @@ class Emulated:
     shared_bytes = 4096
     has_clusters = True
     processors = 1
+    sum_blocks = 3
+    sum_threads = 32
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         return np.full(shape, np.nan if np.dtype(dtype).kind == "f" else 7, dtype)
 
     def pointer(self, x: Any) -> int:
         return int(x.ctypes.data)
+
+    def sum(self, x: Any) -> Any:
+        return np.sum(x, dtype=np.float64, keepdims=True)
+
+    def mean(self, x: Any, axis: int) -> Any:
+        return np.mean(x, axis, dtype=np.float64).astype(x.dtype)
 
     def launch(
         self, module: _cuda.Module, kernel: str, grid: int, block: tuple[int, int], shared: int, job: Any

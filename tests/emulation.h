@@ -25,22 +25,25 @@ struct barrier {
     unsigned generation = 0;
 };
 
+const size_t SHARED = 16 << 10;
+
 struct block_state {
     std::vector<char> dynamic, shared;
     barrier all, warps[32][32]; /* by warp and first lane */
     alignas(16) char slots[1024][16];
-    block_state() : shared(1 << 16) {}
 };
+
+const size_t STACK = 64 << 10;
 
 struct fibre {
     ucontext_t context;
-    std::vector<char> stack;
     int3 thread, block;
     int number, rank; /* in its block; of the block in the cluster */
     bool done = false;
 };
 
 inline std::vector<fibre> fibres;
+inline std::vector<char> stacks; /* kept from launch to launch */
 inline std::vector<block_state> blocks;
 inline barrier cluster_wide;
 inline ucontext_t scheduler;
@@ -98,7 +101,7 @@ inline void run_fibre()
         yield();
 }
 
-/* Run the blocks of a grid, cluster by cluster. Shared memory starts as NaN. */
+/* Run the blocks of a grid, cluster by cluster. */
 inline void launch(void (*kernel)(void), unsigned grid, unsigned x, unsigned y, int cluster, size_t dynamic)
 {
     body = kernel;
@@ -106,23 +109,25 @@ inline void launch(void (*kernel)(void), unsigned grid, unsigned x, unsigned y, 
     block_dim.x = x, block_dim.y = y, block_dim.z = 1;
     int threads = (int)(x * y);
     for (unsigned first = 0; first < grid; first += cluster) {
-        blocks.assign(cluster, block_state());
+        blocks.resize(cluster);
         cluster_wide = barrier();
-        fibres.clear();
-        fibres.resize((size_t)threads * cluster);
-        for (auto &b : blocks) {
+        fibres.assign((size_t)threads * cluster, fibre());
+        if (stacks.size() < fibres.size() * STACK)
+            stacks.resize(fibres.size() * STACK);
+        for (auto &b : blocks) { /* shared memory starts as NaN */
             b.dynamic.assign(dynamic, (char)0xff);
-            std::memset(b.shared.data(), 0xff, b.shared.size());
+            b.shared.assign(SHARED, (char)0xff);
+            b.all = barrier();
+            std::memset(b.warps, 0, sizeof b.warps);
         }
         for (int i = 0; i < threads * cluster; i++) {
             fibre &f = fibres[i];
             f.rank = i / threads, f.number = i % threads;
             f.thread.x = f.number % x, f.thread.y = f.number / x;
             f.block.x = first + f.rank;
-            f.stack.resize(64 << 10);
             getcontext(&f.context);
-            f.context.uc_stack.ss_sp = f.stack.data();
-            f.context.uc_stack.ss_size = f.stack.size();
+            f.context.uc_stack.ss_sp = stacks.data() + i * STACK;
+            f.context.uc_stack.ss_size = STACK;
             f.context.uc_link = &scheduler;
             makecontext(&f.context, run_fibre, 0);
         }

@@ -24,16 +24,29 @@ typedef struct {
 } row_job;
 
 typedef struct {
-    char *data;
-    int64_t kind;              /* of its numbers: 0 is `storage`, see elements.cu */
-    int64_t strides[XCE_AXES];
-} element_operand;
+    operand label, sample, value;
+    const scalar *weight;
+    double *partials, *result;   /* the sums of blocks, and the sum of them */
+    scalar *loss;                /* or NULL: result over *denominator, NaN if that is 0, or the result itself */
+    const double *denominator;
+    int64_t n_partials, n_rows, n_classes, axes, shape[XCE_AXES];
+    int64_t label_kind, ignore_index;
+    double factor;               /* of the loss, besides */
+} sum_job;
 
 typedef struct {
-    element_operand x, y, pos_weight, weight, sample, value, grad, hess;
-    const double *denominator;
-    double scale;              /* of the derivatives, besides the denominator */
-    int64_t n, formula, axes, shape[XCE_AXES];
+    char *data;                  /* NULL: there is none */
+    int64_t kind;                /* of its numbers: see read_number */
+    int64_t adjacent;            /* 1: in C order without gaps */
+    int64_t strides[XCE_AXES];
+} numbers;
+
+typedef struct {
+    numbers x, y, pos_weight, weight, sample, value, grad, hess;
+    const double *denominator;   /* of the mean, on the device; NULL: 1 */
+    double *partials;            /* a sum of values for each block */
+    double factor;               /* of the derivatives, besides */
+    int64_t n, axes, shape[XCE_AXES];
     double with[3];
 } element_job;
 

@@ -682,6 +682,6 @@ template <int GROUP, int CLUSTER, bool FULL, int V> XCE_FN void all_rows(const r
 
 /* One kernel a module: XCE_GROUP threads share a row (1: classes with a stride), XCE_CLUSTER blocks, XCE_FULL options. Which
  * one a row gets is decided in xce/_backends/_cuda.py. */
-#if !defined(XCE_ONLY_SUMS)
+#if defined(XCE_GROUP)
 XCE_KERNEL(XCE_CLUSTER) rows(row_job j) { all_rows<XCE_GROUP, XCE_CLUSTER, XCE_FULL, XCE_GROUP == 1 ? 1 : (int)VEC>(j); }
 #endif

@@ -1,16 +1,22 @@
-/* Sums over rows, always in the same order: blocks sum what they are dealt, then one thread adds the blocks' sums. */
+/* Sums, always in the same order: blocks sum what they are dealt, then one thread adds the blocks' sums. */
 
-enum { SUM_BLOCKS = 64, SUM_THREADS = 256 };
+enum { SUM_THREADS = 256 }; /* of a block at most; a power of two */
 
-typedef struct {
-    operand label, sample, value;
-    const scalar *weight;
-    double *partials, *result;   /* SUM_BLOCKS sums, and the sum of them */
-    scalar *loss;                /* or NULL: result over *denominator, NaN if that is 0, or the result itself */
-    const double *denominator;
-    int64_t n_rows, n_classes, axes, shape[XCE_AXES];
-    int64_t label_kind, ignore_index;
-} sum_job;
+struct double_array {
+    double at[SUM_THREADS];
+};
+
+XCE_FN double sum_of_block(double sum)
+{
+    XCE_SHARED(double_array, sums);
+    sums.at[threadIdx.x] = sum;
+    for (int step = (int)blockDim.x / 2; step; step /= 2) {
+        __syncthreads();
+        if ((int)threadIdx.x < step)
+            sums.at[threadIdx.x] += sums.at[threadIdx.x + step];
+    }
+    return sums.at[0]; /* of thread 0 alone */
+}
 
 XCE_FN int64_t offset_of(const sum_job &j, const operand &o, int64_t row)
 {
@@ -39,32 +45,27 @@ XCE_FN double term_of(const sum_job &j, int64_t row)
     return term;
 }
 
-struct double_array { double at[SUM_THREADS]; };
-
+#if defined(XCE_SUMS)
 XCE_KERNEL(1) partial_sums(sum_job j)
 {
-    XCE_SHARED(double_array, sums);
     double sum = 0;
-    for (int64_t row = (int64_t)blockIdx.x * SUM_THREADS + threadIdx.x; row < j.n_rows; row += (int64_t)SUM_BLOCKS * SUM_THREADS)
+    int64_t step = (int64_t)gridDim.x * blockDim.x;
+    for (int64_t row = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; row < j.n_rows; row += step)
         sum += term_of(j, row);
-    sums.at[threadIdx.x] = sum;
-    for (int step = SUM_THREADS / 2; step; step /= 2) {
-        __syncthreads();
-        if ((int)threadIdx.x < step)
-            sums.at[threadIdx.x] += sums.at[threadIdx.x + step];
-    }
+    sum = sum_of_block(sum);
     if (threadIdx.x == 0)
-        j.partials[blockIdx.x] = sums.at[0];
+        j.partials[blockIdx.x] = sum;
 }
 
 XCE_KERNEL(1) final_sum(sum_job j)
 {
     double sum = 0;
-    for (int b = 0; b < SUM_BLOCKS; b++)
+    for (int64_t b = 0; b < j.n_partials; b++)
         sum += j.partials[b];
     *j.result = sum;
     if (j.loss) {
         double d = j.denominator ? *j.denominator : 1;
-        *j.loss = d != 0 ? (scalar)(sum / d) : XCE_NAN;
+        *j.loss = d != 0 ? (scalar)(sum * j.factor / d) : XCE_NAN;
     }
 }
+#endif

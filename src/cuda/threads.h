@@ -2,6 +2,8 @@
 #ifndef XCE_THREADS_H
 #define XCE_THREADS_H
 
+#define XCE_PASTE(a, b) XCE_PASTED(a, b)
+#define XCE_PASTED(a, b) a##b
 #define XCE_FN static __device__ __forceinline__
 #define XCE_PART static __device__ __noinline__ /* compile time; what matters calls none of them for each entry */
 #define XCE_TABLE static __device__ const
@@ -67,8 +69,6 @@ XCE_FN real r_remainder(real a, real q, real b) { return r_fma(-q, b, a); }
 #define XCE_SHARED(type, name) __shared__ type name
 #define XCE_SHARED_ARRAY(type, name) extern __shared__ type name[]
 #define XCE_KERNEL(cluster) XCE_PASTE(XCE_KERNEL_, cluster)
-#define XCE_PASTE(a, b) XCE_PASTED(a, b)
-#define XCE_PASTED(a, b) a##b
 #define XCE_KERNEL_1 extern "C" __global__ void
 #if __CUDA_ARCH__ >= 900
 #define XCE_KERNEL_2 extern "C" __global__ void __cluster_dims__(2)

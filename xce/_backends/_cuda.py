@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from xce._call import Call, LogitStats
+from xce._elements import ElementCall
 
 AXES = 8  # of rows; XCE_AXES of job.h
 _WHAT = {"loss": 0, "softmax": 1, "log_softmax": 2, "logsumexp": 3, "stats": 4, "state": 5, "nll": 6}
@@ -39,11 +40,18 @@ ROW_JOB = np.dtype(
 )
 SUM_JOB = np.dtype(
     [(name, OPERAND) for name in ("label", "sample", "value")]
-    + [(name, _I8) for name in ("weight", "partials", "result", "loss", "denominator", "n_rows", "n_classes", "axes")]
-    + [("shape", _I8, AXES), ("label_kind", _I8), ("ignore_index", _I8)]
+    + [(name, _I8) for name in ("weight", "partials", "result", "loss", "denominator", "n_partials", "n_rows",
+                                "n_classes", "axes")]
+    + [("shape", _I8, AXES), ("label_kind", _I8), ("ignore_index", _I8), ("factor", _F8)]
+)
+NUMBERS = np.dtype([("data", _I8), ("kind", _I8), ("adjacent", _I8), ("strides", _I8, AXES)])
+_NUMBERS = ("x", "y", "pos_weight", "weight", "sample", "value", "grad", "hess")
+ELEMENT_JOB = np.dtype(
+    [(name, NUMBERS) for name in _NUMBERS]
+    + [("denominator", _I8), ("partials", _I8), ("factor", _F8), ("n", _I8), ("axes", _I8), ("shape", _I8, AXES),
+       ("with", _F8, 3)]
 )
 # fmt: on
-SUM_BLOCKS, SUM_THREADS = 64, 256
 
 
 class Module(NamedTuple):
@@ -60,9 +68,13 @@ class Device(Protocol):
     shared_bytes: int  # of a block at most
     has_clusters: bool
     processors: int
+    sum_blocks: int  # that share a sum, and their threads: fixed, as they decide on its order
+    sum_threads: int
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any: ...
     def pointer(self, x: Any) -> int: ...
+    def sum(self, x: Any) -> Any: ...
+    def mean(self, x: Any, axis: int) -> Any: ...
     def launch(self, module: Module, kernel: str, grid: int, block: tuple[int, int], shared: int, job: Any) -> None: ...
 
 
@@ -100,7 +112,8 @@ def text(*names: str) -> str:
 
 
 COMMON = ("cuda/threads.h", "primitives.h", "formulas.h", "cuda/job.h")
-ROWS, SUMS = (*COMMON, "cuda/rows.cu"), (*COMMON, "cuda/rows.cu", "cuda/sums.cu")
+ROWS = (*COMMON, "cuda/rows.cu")
+SUMS, ELEMENTS = (*ROWS, "cuda/sums.cu"), (*ROWS, "cuda/sums.cu", "cuda/elements.cu")
 
 
 def choose(device: Device, row_bytes: int, adjacent: bool) -> Regime:
@@ -171,8 +184,10 @@ def storage_name(x: Any) -> str:
     return "bfloat16" if x.dtype.kind not in "fd" else str(x.dtype)
 
 
-def run(call: Call, device: Device) -> Any:
-    """Compute a `Call` of rows."""
+def run(call: Any, device: Device) -> Any:
+    """Compute a `Call` or an `ElementCall`."""
+    if call.op == "element":
+        return run_elements(call, device)
     return _loss(call, device) if call.op in ("loss", "nll", "distillation") else _MAPS[call.op](call, device)
 
 
@@ -277,19 +292,95 @@ def _sum(
 ) -> None:
     """Launch the sum of the rows' values, or of their shares of the mean's denominator."""
     arrays = {"label": label, "sample": sample, "value": value}
-    places = Rows((*rows, 1), len(rows), arrays)
     job = np.zeros((), SUM_JOB)
-    places.enter(device, job, arrays)
-    partials = device.empty((SUM_BLOCKS,), np.float64)
-    for name, a in (
-        ("weight", weight), ("partials", partials), ("result", result), ("loss", loss), ("denominator", denominator)
-    ):  # fmt: skip
-        job[name] = 0 if a is None else device.pointer(a)
+    Rows((*rows, 1), len(rows), arrays).enter(device, job, arrays)
+    job["weight"] = 0 if weight is None else device.pointer(weight)
     job["n_rows"], job["n_classes"] = math.prod(rows), call.logits.shape[call.axis]
     job["label_kind"], job["ignore_index"] = 0 if label is None else label_kind(label.dtype), call.ignore_index
-    module = Module("float64" if call.logits.dtype == np.float64 else "float32", SUMS, (("XCE_ONLY_SUMS", "1"),))
-    device.launch(module, "partial_sums", SUM_BLOCKS, (SUM_THREADS, 1), 0, job)
-    device.launch(module, "final_sum", 1, (1, 1), 0, job)
+    partials = device.empty((device.sum_blocks,), np.float64)
+    job["partials"] = device.pointer(partials)
+    device.launch(_sums(call.logits), "partial_sums", device.sum_blocks, (device.sum_threads, 1), 0, job)
+    _final_sum(device, call.logits, partials, result, loss, denominator, 1.0)
+
+
+def _final_sum(
+    device: Device, logits: Any, partials: Any, result: Any, loss: Any, denominator: Any, factor: float
+) -> None:
+    job = np.zeros((), SUM_JOB)
+    pointers = {"partials": partials, "result": result, "loss": loss, "denominator": denominator}
+    for name, a in pointers.items():
+        job[name] = 0 if a is None else device.pointer(a)
+    job["n_partials"], job["factor"] = partials.size, factor
+    device.launch(_sums(logits), "final_sum", 1, (1, 1), 0, job)
+
+
+def _sums(logits: Any) -> Module:
+    return Module("float64" if logits.dtype == np.float64 else "float32", SUMS, (("XCE_SUMS", "1"),))
+
+
+# Single elements
+
+_KINDS = {"bool": 17, "float16": 18, "bfloat16": 19, "float32": 20, "float64": 24}
+
+
+def run_elements(call: ElementCall, device: Device) -> tuple[Any, Any, Any]:
+    """Compute an `ElementCall`."""
+    x, axis = call.logits, call.axis
+    grad = _buffer(device, x, call.grad_out) if call.return_grad else None
+    hess = _buffer(device, x, call.hess_out) if call.return_hess else None
+    # the loss is the sum times `factor`, over the sum of the sample weights where these count
+    denominator, factor = None, 1.0 if axis is None else 1.0 / x.shape[axis]
+    if call.reduction in ("mean", "batchmean"):
+        per_share = math.prod(x.shape[1:]) if call.reduction == "batchmean" else 1
+        if call.sample_weight is not None:
+            denominator, factor = device.sum(call.sample_weight), float(per_share)
+        elif call.reduction == "batchmean":
+            factor = 1.0 / len(x) if x.ndim and len(x) else math.nan if x.ndim else 1.0
+        else:
+            factor = 1.0 / x.size if x.size else math.nan
+    value = device.empty(x.shape, _scalar(x)) if call.reduction == "none" else None
+    arrays = {
+        "x": x, "y": call.target, "pos_weight": call.pos_weight, "weight": call.weight, "sample": call.sample_weight,
+        "value": value, "grad": grad, "hess": hess,
+    }  # fmt: skip
+    partials = _elements(device, arrays, call, denominator, factor)
+    if value is not None:
+        return value if axis is None else device.mean(value, axis), grad, hess
+    loss, total = device.empty((), _scalar(x)), device.empty((1,), np.float64)
+    _final_sum(device, x, partials, total, loss, denominator, factor)
+    return loss, grad, hess
+
+
+def _elements(device: Device, arrays: dict[str, Any], call: ElementCall, denominator: Any, factor: float) -> Any:
+    """Launch the kernel of the elements; the sums of its blocks."""
+    x = call.logits
+    job = np.zeros((), ELEMENT_JOB)
+    rows = Rows((*x.shape, 1), x.ndim, arrays)
+    for name, a in arrays.items():
+        if a is None:
+            continue
+        job[name]["data"] = device.pointer(a)
+        job[name]["kind"] = 0 if name in ("x", "grad", "hess") else number_kind(a.dtype)
+        job[name]["adjacent"] = a.flags.c_contiguous
+        job[name]["strides"][: len(rows.shape)] = rows.strides[name]
+        if a.dtype == x.dtype:
+            job[name]["kind"] = 0
+    job["n"], job["axes"] = x.size, len(rows.shape)
+    job["shape"][: len(rows.shape)] = rows.shape
+    job["factor"], job["with"][: len(call.params)] = factor, call.params
+    job["denominator"] = 0 if denominator is None else device.pointer(denominator)
+    vec = 16 // x.dtype.itemsize
+    blocks = min(-(-x.size // (vec * device.sum_threads)), device.processors * 2048 // device.sum_threads)
+    partials = device.empty((max(blocks, 1),), np.float64)
+    job["partials"] = device.pointer(partials)
+    module = Module(storage_name(x), ELEMENTS, (("XCE_FORMULA", call.formula),))
+    device.launch(module, "elements", max(blocks, 1), (device.sum_threads, 1), 0, job)
+    return partials
+
+
+def number_kind(dtype: Any) -> int:
+    """A type of numbers, as the kernel of the elements knows it."""
+    return label_kind(dtype) if dtype.kind in "iu" else _KINDS["bfloat16" if dtype.kind not in "bf" else str(dtype)]
 
 
 def _scalar(x: Any) -> np.dtype[Any]:

@@ -1,10 +1,90 @@
-"""CuPy arrays and CUDA tensors: their kernels are not here yet."""
+"""CuPy arrays: their memory, and the kernels of `_cuda` compiled by NVRTC. Written without a GPU at hand: not run on one yet."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NoReturn
 
+import cupy
+import numpy as np
 
-def view(x: Any, name: str) -> NoReturn:
-    """Refuse `x`."""
-    raise NotImplementedError(f"{name} is on a GPU, and xce computes on the CPU only for now: copy it there first")
+from xce._backends import _cuda
+from xce._backends._scan import scan_labels, scan_values
+from xce._call import LinearCall
+
+__all__ = ["run", "run_linear", "scan_labels", "scan_values", "view", "wrap"]
+
+# The same bits as on a CPU as far as they go: nothing is contracted. CuPy adds -ftz=true, so subnormals are 0.
+_OPTIONS = ("-std=c++17", "-DXCE_CUDA", "--fmad=false")
+_SHARED_BYTES = 64 << 10  # of a block: three of them share a multiprocessor of compute capability 9.0
+
+
+class _Device:
+    """A `_cuda.Device`: the current one of CuPy."""
+
+    sum_blocks = 256
+    sum_threads = 256
+
+    def __init__(self, number: int) -> None:
+        attributes = cupy.cuda.Device(number).attributes
+        self.shared_bytes = min(_SHARED_BYTES, attributes["MaxSharedMemoryPerBlockOptin"] - 2048)
+        self.has_clusters = attributes["ComputeCapabilityMajor"] >= 9
+        self.processors = attributes["MultiProcessorCount"]
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        return cupy.empty(shape, dtype)
+
+    def pointer(self, x: Any) -> int:
+        return int(x.data.ptr)
+
+    def sum(self, x: Any) -> Any:
+        return cupy.sum(x, dtype=np.float64, keepdims=True)
+
+    def mean(self, x: Any, axis: int) -> Any:
+        return cupy.mean(x, axis, dtype=np.float64).astype(x.dtype)
+
+    def launch(
+        self, module: _cuda.Module, kernel: str, grid: int, block: tuple[int, int], shared: int, job: Any
+    ) -> None:
+        function = _module(module).get_function(kernel)
+        if shared > 48 << 10:
+            function.max_dynamic_shared_size_bytes = shared
+        function((grid,), block, (job,), shared_mem=shared)
+
+
+@cache
+def _device(number: int) -> _Device:
+    return _Device(number)
+
+
+@cache
+def _module(module: _cuda.Module) -> Any:
+    definitions = (f"-D{name}={value}" for name, value in module.definitions)
+    options = (*_OPTIONS, f"-DXCE_STORAGE_{module.storage}", *definitions)
+    return cupy.RawModule(code=_cuda.text(*module.files), options=options)
+
+
+def view(x: Any, name: str) -> Any:
+    """Return `x`, which must lie on the current device."""
+    current = cupy.cuda.Device().id
+    if x.device.id != current:
+        raise ValueError(
+            f"{name} is on GPU {x.device.id} but the current device is {current}: all arrays of a call must be on one, "
+            f"with cupy.cuda.Device({x.device.id}): ..."
+        )
+    return x
+
+
+def wrap(result: Any) -> Any:
+    """Return `result`: it already is an array of CuPy."""
+    return result
+
+
+def run(call: Any) -> Any:
+    """Compute a `Call` or an `ElementCall`."""
+    return _cuda.run(call, _device(cupy.cuda.Device().id))
+
+
+def run_linear(call: LinearCall) -> NoReturn:
+    """Refuse `call`."""
+    raise NotImplementedError("linear_cross_entropy has no GPU kernels yet: copy the arrays to the CPU first")

@@ -1,0 +1,101 @@
+/* The losses of single elements on a GPU: each thread takes VEC neighbours in C order at a time, as chunks of 16 bytes where an
+ * array lies side by side, and one by one where it does not. One kernel a module: XCE_FORMULA. */
+
+enum { AS_BOOL = 17, AS_FLOAT = 20, AS_DOUBLE = 24, AS_HALF = 18, AS_BFLOAT = 19 }; /* 0: storage, others as labels */
+
+XCE_FN scalar read_number(const char *p, int kind)
+{
+    switch (kind) {
+    case 0: return s_load(*(const storage *)p);
+    case AS_BOOL: return *p != 0;
+    case AS_HALF: return (scalar)half_to_float(*(const uint16_t *)p);
+    case AS_BFLOAT: return (scalar)__int_as_float((int)((uint32_t) * (const uint16_t *)p << 16));
+    case AS_FLOAT: return (scalar) * (const float *)p;
+    case AS_DOUBLE: return (scalar) * (const double *)p;
+    case 8: return (scalar) * (const uint64_t *)p;
+    default: return (scalar)read_integer(p, kind);
+    }
+}
+
+XCE_FN int64_t place_of(const element_job &j, const numbers &a, int64_t flat)
+{
+    int64_t place = 0;
+    for (int k = (int)j.axes - 1; k > 0; k--) {
+        place += flat % j.shape[k] * a.strides[k];
+        flat /= j.shape[k];
+    }
+    return place + flat * a.strides[0];
+}
+
+XCE_FN scalar number(const element_job &j, const numbers &a, int64_t flat, scalar missing)
+{
+    return a.data ? read_number(a.data + place_of(j, a, flat), (int)a.kind) : missing;
+}
+
+XCE_FN bool in_chunk(const element_job &j, const numbers &a, int64_t flat)
+{
+    return a.adjacent && a.kind == 0 && flat + VEC <= j.n && (uint64_t)(a.data + flat * (int64_t)sizeof(storage)) % 16 == 0;
+}
+
+XCE_FN void read_numbers(const element_job &j, const numbers &a, int64_t flat, scalar missing, scalar *out)
+{
+    if (a.data && in_chunk(j, a, flat)) {
+        chunk raw = *(const chunk *)(a.data + flat * (int64_t)sizeof(storage));
+        for (int i = 0; i < VEC; i++)
+            out[i] = s_load(raw.at[i]);
+    } else
+        for (int i = 0; i < VEC; i++)
+            out[i] = flat + i < j.n ? number(j, a, flat + i, missing) : missing;
+}
+
+XCE_FN void write_numbers(const element_job &j, const numbers &a, int64_t flat, const scalar *in)
+{
+    if (in_chunk(j, a, flat)) {
+        chunk raw;
+        for (int i = 0; i < VEC; i++)
+            raw.at[i] = s_store(in[i]);
+        *(chunk *)(a.data + flat * (int64_t)sizeof(storage)) = raw;
+    } else
+        for (int i = 0; i < VEC && flat + i < j.n; i++)
+            *(storage *)(a.data + place_of(j, a, flat + i)) = s_store(in[i]);
+}
+
+#if defined(XCE_FORMULA)
+#define XCE_ELEMENT XCE_PASTE(element_, XCE_FORMULA)
+
+XCE_KERNEL(1) elements(element_job j)
+{
+    double denominator = j.denominator ? *j.denominator : 1;
+    scalar scale = denominator != 0 ? (scalar)(j.factor / denominator) : 0;
+    parameters with = {{(scalar)j.with[0], (scalar)j.with[1], (scalar)j.with[2]}};
+    int64_t step = (int64_t)gridDim.x * blockDim.x * VEC;
+    double sum = 0;
+    for (int64_t flat = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC; flat < j.n; flat += step) {
+        scalar x[VEC], y[VEC], w[VEC], a[VEC], s[VEC], g[VEC], h[VEC];
+        read_numbers(j, j.x, flat, 0, x);
+        read_numbers(j, j.y, flat, 0, y);
+        read_numbers(j, j.pos_weight, flat, 1, w);
+        read_numbers(j, j.weight, flat, 1, a);
+        read_numbers(j, j.sample, flat, 1, s);
+        for (int i = 0; i < VEC; i++) {
+            jet f = XCE_ELEMENT(x[i], y[i], w[i], with);
+            scalar factor = a[i] * s[i];
+            x[i] = weighted(factor, f.value);
+            g[i] = weighted(factor, f.d1) * scale;
+            h[i] = weighted(factor, f.d2) * scale;
+        }
+        if (j.grad.data)
+            write_numbers(j, j.grad, flat, g);
+        if (j.hess.data)
+            write_numbers(j, j.hess, flat, h);
+        for (int i = 0; i < VEC && flat + i < j.n; i++) {
+            sum += x[i];
+            if (j.value.data)
+                ((scalar *)j.value.data)[flat + i] = x[i];
+        }
+    }
+    sum = sum_of_block(sum);
+    if (threadIdx.x == 0)
+        j.partials[blockIdx.x] = sum;
+}
+#endif
