@@ -629,6 +629,7 @@ def test_a_layer_of_torch() -> None:
 
 INTERRUPTED = """
 import os, signal, threading, time, numpy, xce
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent may have it ignored
 x = numpy.broadcast_to(numpy.ones(64, "f4"), (2**25, 64))  # some minutes
 w = numpy.ones((1000, 64), "f4")
 y = numpy.broadcast_to(numpy.int64(7), (2**25,))

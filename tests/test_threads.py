@@ -225,6 +225,7 @@ def test_processes_of_multiprocessing() -> None:
 
 INTERRUPTED = """
 import os, signal, threading, time, numpy, xce
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent may have it ignored
 rows = 2**25
 x = numpy.broadcast_to(numpy.arange(4096, dtype="f4"), (rows, 4096))  # 137,000,000,000 logits
 y = numpy.broadcast_to(numpy.int64(7), (rows,))
