@@ -159,7 +159,7 @@ XCE_FN log_parts r_log_split(real z, real c)
 {
     /* z = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); c goes into f */
     real one = r_set(1), root = r_set((scalar)0.70710678118654752440);
-    ints bits = r_bits(z) + (r_bits(one) - r_bits(root));
+    ints bits = r_add_bits(r_bits(z), r_bits(one) - r_bits(root));
     ints k = (bits >> XCE_MANTISSA) - XCE_BIAS;
     ints mantissa = (bits & (((sint)1 << XCE_MANTISSA) - 1)) + r_bits(root);
     ints down = XCE_BIAS - k; /* 2^-k; 0 for the largest z, where it is no normal number and c does not matter */

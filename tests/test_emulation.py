@@ -1,7 +1,7 @@
 """The CUDA kernels, run by the CPU (`emulation.h`), against the reference: every loss, any layout, every regime.
 
-``XCE_SANITIZE=1`` compiles them with the address and undefined-behaviour sanitizers; their libraries must be preloaded,
-as the last test does.
+``XCE_SANITIZE=1`` compiles them with the address and undefined-behaviour sanitizers, whose library must be preloaded:
+CONTRIBUTING.md has the command.
 """
 
 from __future__ import annotations
@@ -9,10 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -60,7 +57,7 @@ def gpu() -> Iterator[None]:
 def test_losses(case: Case, mode: str, dtype: str) -> None:
     """Options and shapes in turns, so that each option meets each regime over all losses."""
     options_of = list(combinations(**case.options))
-    picked = np.random.default_rng(len(mode) + len(case.name)).permutation(len(options_of))[: 10 if SANITIZED else 16]
+    picked = np.random.default_rng(len(mode) + len(case.name)).permutation(len(options_of))[: 4 if SANITIZED else 16]
     for seed, (features, (shape, axis)) in enumerate(
         zip((options_of[i] for i in picked), itertools.cycle(SHAPES), strict=False)
     ):
@@ -127,19 +124,3 @@ def test_every_run_has_the_same_bits() -> None:
 
 def test_the_cases_are_all_losses() -> None:
     assert {case.name for case, _ in TARGETS_OF_LOSSES} == {case.name for case in LOSSES}
-
-
-@pytest.mark.skipif(SANITIZED, reason="this is the CUDA run with sanitizers")
-def test_under_the_sanitizers() -> None:
-    name = subprocess.run(
-        [str(emulated.COMPILER), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    if not Path(name).is_absolute():
-        pytest.skip("needs libasan, to run the kernels of CUDA under it")
-    environment = os.environ | {
-        "XCE_SANITIZE": "1", "LD_PRELOAD": name,
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0", "UBSAN_OPTIONS": "print_stacktrace=1",
-    }  # fmt: skip
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]

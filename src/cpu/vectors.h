@@ -158,6 +158,7 @@ XCE_FN real r_remainder(real a, real q, real b) /* a - q b, exactly if q is a / 
 
 /* r_lanes_of: bit i is lane i.
  * r_max(a, b) is a > b ? a : b, that is b where either is NaN: r_max(x, running) skips NaN. */
+XCE_FN ints r_add_bits(ints a, ints b) { return a + b; } /* wraps: -fwrapv */
 XCE_FN ints r_if_positive(ints a) { return a & (a > 0); } /* or 0 */
 XCE_FN rmask r_is_nan(real a) { return r_not(r_eq(a, a)); }
 XCE_FN real r_abs(real a) { return r_from_bits(r_bits(a) & ((ints){0} + (sint)(~0ULL >> (65 - 8 * sizeof(sint))))); }

@@ -54,6 +54,7 @@ XCE_FN real r_fma(real a, real b, real c) { return fmaf(a, b, c); }
 XCE_FN real r_set(scalar a) { return a; }
 XCE_FN real r_constant(scalar a) { return a; }
 XCE_FN real r_of_ints(ints a) { return (real)a; }
+XCE_FN ints r_add_bits(ints a, ints b) { return (ints)((uint64_t)a + (uint64_t)b); } /* wraps */
 XCE_FN ints r_if_positive(ints a) { return a > 0 ? a : 0; }
 XCE_FN rmask r_gt(real a, real b) { return a > b; }
 XCE_FN rmask r_eq(real a, real b) { return a == b; }

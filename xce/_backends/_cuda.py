@@ -20,7 +20,10 @@ from xce._elements import ElementCall
 AXES = 8  # of rows; XCE_AXES of job.h
 _WHAT = {"loss": 0, "softmax": 1, "log_softmax": 2, "logsumexp": 3, "stats": 4, "state": 5, "nll": 6}
 _PHIS = ("cross_entropy", "focal_loss", "poly_loss", "generalized_cross_entropy", "forward", "reverse", "js")
-_NO_PHI = 0
+_FORMULAS = (
+    "binary_cross_entropy", "binary_cross_entropy_with_logits", "sigmoid_focal_loss", "asymmetric_loss",
+    "soft_margin_loss", "kl_div", "kl_div_log_target",
+)  # fmt: skip
 
 _I8, _F8 = np.int64, np.float64
 OPERAND = np.dtype([("data", _I8), ("classes", _I8), ("rows", _I8, AXES)])
@@ -429,11 +432,16 @@ def _stats(call: Call, device: Device) -> LogitStats:
 _MAPS = {"softmax": _map, "log_softmax": _map, "logsumexp": _logsumexp, "stats": _stats}
 
 
-def modules() -> Iterable[Module]:
-    """One module of each kind and storage, for the tests that compile them all."""
-    regimes = [_STRIDED, *(regime for _, regime in (*_REGIMES, *_CLUSTERS))]
+def modules() -> Iterable[tuple[Module, str]]:
+    """Every kind of module with a kernel of it, for the tests that compile them."""
+    last = len(_PHIS) - 1  # the longest
     for storage in ("float32", "float64", "float16", "bfloat16"):
-        for regime in regimes:
-            for full, phi in ((0, 0), (1, len(_PHIS) - 1)):
-                names = ("XCE_GROUP", regime.group), ("XCE_CLUSTER", regime.cluster), ("XCE_FULL", full)
-                yield Module(storage, ROWS, tuple((n, str(v)) for n, v in (*names, ("XCE_WHAT", 0), ("XCE_PHI", phi))))
+        for regime in (_STRIDED, *(regime for _, regime in (*_REGIMES, *_CLUSTERS))):
+            for full, phi in ((0, 0), (1, last)):
+                values = (regime.group, regime.cluster, full, _WHAT["loss"], phi)
+                names = ("XCE_GROUP", "XCE_CLUSTER", "XCE_FULL", "XCE_WHAT", "XCE_PHI")
+                yield Module(storage, ROWS, tuple(zip(names, map(str, values), strict=True))), "rows"
+        for formula in _FORMULAS:
+            yield Module(storage, ELEMENTS, (("XCE_FORMULA", formula),)), "elements"
+    for storage in ("float32", "float64"):
+        yield Module(storage, SUMS, (("XCE_SUMS", "1"),)), "partial_sums"

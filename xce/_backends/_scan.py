@@ -48,6 +48,6 @@ def _first(xp: Any, bad: Any) -> int:
 def gpu_error(name: str) -> NotImplementedError:
     """Return the error for an array on a GPU, of a library other than CuPy."""
     return NotImplementedError(
-        f"{name} is on a GPU, where xce computes on CuPy arrays only for now: pass cupy.from_dlpack({name}), or copy it to "
-        "the CPU"
+        f"{name} is on a GPU, where xce computes on CuPy arrays only for now: pass cupy.from_dlpack({name}), or "
+        "copy it to the CPU"
     )

@@ -1,4 +1,4 @@
-"""CuPy arrays: their memory, and the kernels of `_cuda` compiled by NVRTC. Written without a GPU at hand: not run on one yet."""
+"""CuPy arrays: their memory, and the kernels of `_cuda` compiled by NVRTC. Not run on a GPU yet."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from xce._call import LinearCall
 __all__ = ["run", "run_linear", "scan_labels", "scan_values", "view", "wrap"]
 
 # The same bits as on a CPU as far as they go: nothing is contracted. CuPy adds -ftz=true, so subnormals are 0.
-_OPTIONS = ("-std=c++17", "-DXCE_CUDA", "--fmad=false")
+_OPTIONS = ("-std=c++20", "-DXCE_CUDA", "--fmad=false")
 _SHARED_BYTES = 64 << 10  # of a block: three of them share a multiprocessor of compute capability 9.0
 
 
