@@ -13,8 +13,7 @@ import pytest
 from xce import _reference
 from xce._backends import _cuda
 
-pytest.importorskip("cupy", reason="needs CuPy, to compile the kernels of CUDA")
-nvrtc = pytest.importorskip("cupy.cuda.nvrtc", reason="needs NVRTC, to compile the kernels of CUDA")
+nvrtc = pytest.importorskip("cupy", reason="needs CuPy, to compile the kernels of CUDA").cuda.nvrtc
 
 ARCHITECTURES = ("75", "80", "90", "100")
 EVERY = os.environ.get("XCE_EVERY_ARCHITECTURE") == "1"
