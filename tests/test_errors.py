@@ -184,7 +184,7 @@ for name in ("return_grad", "return_hess", "validate"):
     error(f"{name} 1", TypeError, f"{name} is a int: it must be True or False", X, Y, **{name: 1})
 
 # Libraries
-error("GPU", NotImplementedError, "logits is on a GPU", foreign("cupy", "device"), Y)
+error("GPU", ImportError, "of CuPy", foreign("cupy", "device"), Y)  # without CuPy, or without a driver
 error("mixed", TypeError, "logits is a numpy.ndarray but target is a cupy.Series: all arrays of a call must "
       "come from one library", X, foreign("cupy", "device"))  # fmt: skip
 

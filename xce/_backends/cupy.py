@@ -5,8 +5,14 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, NoReturn
 
-import cupy
 import numpy as np
+
+try:
+    import cupy
+except ImportError as missing:
+    raise ImportError(
+        "arrays of CuPy are computed on by CuPy, which is missing: pip install 'xce[cuda13]'"
+    ) from missing
 
 from xce._backends import _cuda
 from xce._backends._scan import scan_labels, scan_values
@@ -66,7 +72,10 @@ def _module(module: _cuda.Module) -> Any:
 
 def view(x: Any, name: str) -> Any:
     """Return `x`, which must lie on the current device."""
-    current = cupy.cuda.Device().id
+    try:
+        current = cupy.cuda.Device().id
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise ImportError(f"{name} is an array of CuPy, which finds no GPU: is the driver installed?") from error
     if x.device.id != current:
         raise ValueError(
             f"{name} is on GPU {x.device.id} but the current device is {current}: all arrays of a call must be on one, "
