@@ -10,10 +10,12 @@ import math
 from collections.abc import Iterable
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+import xce
 from xce._call import Call, LogitStats
 from xce._elements import ElementCall
 
@@ -105,7 +107,9 @@ _STRIDED = Regime(1, 1, 128)
 @cache
 def text(*names: str) -> str:
     """The text of kernels, without the lines that include one file in another: NVRTC gets it in one piece."""
-    root = files("xce") / "_cuda"
+    # beside the package or, where Python found the bare sources of a checkout, where that is installed
+    places = (files("xce"), *map(Path, xce.__path__))
+    root = next(place / "_cuda" for place in places if (place / "_cuda").is_dir())
     parts = []
     for name in names:
         lines = (root / name).read_text(encoding="utf-8").splitlines()
