@@ -37,14 +37,19 @@ def owner_of(x: Any, name: str) -> ModuleType:
 
 def view(owner: ModuleType, first: Any, x: Any, name: str, first_name: str) -> Any:
     """Return `x` as `owner` computes on it; it must come from the library of the call's `first` array."""
-    if type(x) is not type(first) and (
-        owner_of(x, name) is not owner or _library(type(x)) != _library(type(first))  # two generic libraries
-    ):
+    if type(x) is not type(first) and _is_of_another(x, name, owner, _library(type(first))):
         raise TypeError(
             f"{first_name} is a {type_name(first)} but {name} is a {type_name(x)}: all arrays of a "
             "call must come from one library"
         )
     return owner.view(x, name)
+
+
+def _is_of_another(x: Any, name: str, owner: ModuleType, library: str | None) -> bool:
+    own = _library(type(x))
+    if own != library and own in _BACKENDS.values():  # whose backend need not be imported to say so
+        return True
+    return owner_of(x, name) is not owner or own != library  # the latter: two generic libraries
 
 
 def type_name(x: Any) -> str:
