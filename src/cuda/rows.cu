@@ -196,9 +196,9 @@ XCE_FN scalar coefficient(const row_job &j, const row_view &v, int64_t c)
     return j.weight ? d * j.weight[c] : d;
 }
 
-/* The entries of chunk k; -inf beyond the row. */
+/* The entries of chunk k; -inf beyond the row. They come from `kept`, or from memory, and may stay in `keep`. */
 template <bool FULL>
-XCE_FN void read_chunk(const row_job &j, const row_view &v, int64_t k, const chunk *kept, scalar *x)
+XCE_FN void read_chunk(const row_job &j, const row_view &v, int64_t k, const chunk *kept, chunk *keep, scalar *x)
 {
     int64_t c = k * VEC - v.shift;
     chunk raw;
@@ -209,6 +209,8 @@ XCE_FN void read_chunk(const row_job &j, const row_view &v, int64_t k, const chu
     else
         for (int i = 0; i < VEC; i++)
             raw.at[i] = c + i >= 0 && c + i < j.n_classes ? ((const storage *)v.x)[c + i] : s_store(-XCE_INF);
+    if (keep)
+        *keep = raw;
 #pragma unroll
     for (int i = 0; i < VEC; i++) {
         x[i] = s_load(raw.at[i]);
@@ -230,11 +232,6 @@ XCE_FN void write_chunk(char *row, int64_t c, int64_t n_classes, const scalar *a
         for (int i = 0; i < VEC; i++)
             if (c + i >= 0 && c + i < n_classes)
                 ((storage *)p)[i] = raw.at[i];
-}
-
-XCE_FN log_prob entry(const row_state &s, scalar x)
-{
-    return row_entry(s, x);
 }
 
 /* ---- what a row leaves for its entries ------------------------------------------------------------------------------------ */
@@ -268,7 +265,7 @@ template <bool FULL> XCE_FN void derivatives(const row_job &j, const row_view &v
         if (PHI(j) == PHI_cross_entropy)
             *g = r_fma(coefficient(j, v, c), -r.factor, *g);
         else if (FULL) {
-            log_prob at = entry(r.state, x);
+            log_prob at = row_entry(r.state, x);
             jet f;
             if (j.teacher) {
                 row_teacher(r.state, r.teacher, x, teacher_logit(j, v, c), &at);
@@ -300,10 +297,11 @@ template <bool FULL> XCE_FN void derivatives(const row_job &j, const row_view &v
 
 /* Entries of a chunk where lanes may lie beside the row: V entries from class `first` on. */
 template <int V, bool FULL>
-XCE_FN int64_t entries_of(const row_job &j, const row_view &v, int64_t k, const chunk *kept, scalar *x)
+XCE_FN int64_t entries_of(const row_job &j, const row_view &v, int64_t k, const chunk *kept, scalar *x,
+                          chunk *keep = 0)
 {
     if (V > 1) {
-        read_chunk<FULL>(j, v, k, kept, x);
+        read_chunk<FULL>(j, v, k, kept, keep, x);
         return k * VEC - v.shift;
     }
     x[0] = s_load(*(const storage *)(v.x + k * j.x.classes));
@@ -325,7 +323,7 @@ XCE_FN int64_t class_at(const row_job &j, const char *indices, int64_t place)
 
 XCE_FN jet sparse_entry(const row_job &j, const row_view &v, const row_outputs &r, int64_t place, scalar x, log_prob *at)
 {
-    *at = entry(r.state, x);
+    *at = row_entry(r.state, x);
     row_teacher(r.state, r.teacher, x, teacher_logit(j, v, place), at);
     return loss_phi(PHI(j), *at, (scalar)j.parameter);
 }
@@ -495,13 +493,7 @@ XCE_FN void one_row(const row_job &j, int64_t row, chunk *kept, message_board *b
     {
         XCE_EACH_CHUNK(k, keep)
         {
-            int64_t c = entries_of<V, FULL>(j, v, k, 0, x);
-            if (keep) { /* as they lie in memory */
-                chunk raw;
-                for (int i = 0; i < V; i++)
-                    raw.at[i % VEC] = in_row(j, c + i) ? ((const storage *)v.x)[c + i] : s_store(-XCE_INF);
-                *keep = raw;
-            }
+            int64_t c = entries_of<V, FULL>(j, v, k, 0, x, keep);
             for (int i = 0; i < V; i++)
                 if (x[i] > top.a)
                     top.a = x[i], top.n = c + i;
@@ -587,7 +579,7 @@ XCE_FN void one_row(const row_job &j, int64_t row, chunk *kept, message_board *b
                 for (int i = 0; i < V; i++) {
                     if (c + i == r.top || !in_row(j, c + i))
                         continue;
-                    log_prob at = entry(r.state, x[i]);
+                    log_prob at = row_entry(r.state, x[i]);
                     jet g;
                     if (j.teacher) {
                         row_teacher(r.state, r.teacher, x[i], teacher_logit(j, v, c + i), &at);
