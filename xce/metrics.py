@@ -12,11 +12,13 @@ from array_api_compat import array_namespace, device, is_torch_array
 from xce import _check as check
 from xce._call import Array
 from xce._dispatch import owner_of, view
+from xce._docs import documented_like
 from xce.losses import cross_entropy, logit_stats
 
 __all__ = ["brier_score", "log_loss", "perplexity", "top_k_accuracy"]
 
 
+@documented_like(cross_entropy)
 def perplexity(
     logits: Array,
     target: Array | int,
@@ -33,18 +35,10 @@ def perplexity(
 
     Parameters
     ----------
-    logits : array of float16, bfloat16, float32 or float64, any shape with a class axis
-        Unnormalised log-probabilities in nats. 16-bit logits are computed in float32.
     target : array of integers, or int
         Class indices, of the shape of `logits` without `axis`. For a language model: the next tokens.
     ignore_index : int, default -100
         Rows with this label do not count.
-    axis : int, default -1
-        The class axis.
-    sample_weight : array, optional
-        Row weights, floating, finite and not negative, broadcastable to the shape of `logits` without `axis`.
-    n_threads : int, optional
-        Upper bound on the number of threads. The result does not depend on it.
     validate : bool, default True
         False skips the checks that read the data: labels and weights.
 
@@ -87,6 +81,7 @@ def perplexity(
     return np.exp(loss) if isinstance(loss, np.generic) else array_namespace(loss).exp(loss)
 
 
+@documented_like(logit_stats)
 def top_k_accuracy(
     logits: Array,
     target: Array | int,
@@ -105,16 +100,10 @@ def top_k_accuracy(
     ----------
     logits : array of float16, bfloat16, float32 or float64, any shape with a class axis
         Logits, or any other scores that grow with the probability.
-    target : array of integers, or int
-        Class indices, of the shape of `logits` without `axis`.
     k : int, default 1
         How many of the largest logits count as a hit, at least 1.
     ignore_index : int, default -100
         Rows with this label do not count.
-    axis : int, default -1
-        The class axis.
-    n_threads : int, optional
-        Upper bound on the number of threads. The result does not depend on it.
     validate : bool, default True
         False skips the check of the labels; a row with a bad label is then a miss.
 
@@ -155,7 +144,7 @@ def top_k_accuracy(
     stats = logit_stats(logits, target, axis=axis, ignore_index=ignore_index, n_threads=n_threads, validate=validate)
     xp = array_namespace(stats.rank)
     labels = xp.asarray(target)
-    ignored, known = _equals(xp, labels, ignore_index), stats.rank >= 0
+    known = stats.rank >= 0
     if k == 1:
         hits = known & (stats.argmax == xp.astype(labels, xp.int64))
     else:
@@ -164,10 +153,11 @@ def top_k_accuracy(
         before = xp.arange(x.shape[-1]) < xp.astype(labels, xp.int64)[..., None]
         ties = xp.sum(xp.astype((x == of_target) & before, xp.int64), axis=-1)
         hits = known & (stats.rank + ties < k)
-    n_rows = math.prod(stats.rank.shape) - int(xp.sum(xp.astype(ignored, xp.int64)))
+    n_rows = _counted(xp, labels, ignore_index)
     return int(xp.sum(xp.astype(hits, xp.int64))) / n_rows if n_rows else math.nan
 
 
+@documented_like(logit_stats)
 def brier_score(
     logits: Array,
     target: Array | int,
@@ -183,16 +173,8 @@ def brier_score(
 
     Parameters
     ----------
-    logits : array of float16, bfloat16, float32 or float64, any shape with a class axis
-        Unnormalised log-probabilities in nats.
-    target : array of integers, or int
-        Class indices, of the shape of `logits` without `axis`.
     ignore_index : int, default -100
         Rows with this label do not count.
-    axis : int, default -1
-        The class axis.
-    n_threads : int, optional
-        Upper bound on the number of threads.
     validate : bool, default True
         False skips the check of the labels; a bad label makes the score NaN.
 
@@ -234,8 +216,7 @@ def brier_score(
     # fmt: on
     xp = array_namespace(grad)
     grad = grad if grad.dtype in (xp.float32, xp.float64) else xp.astype(grad, xp.float32)
-    ignored = _equals(xp, xp.asarray(target), ignore_index)
-    n_rows = math.prod(ignored.shape) - int(xp.sum(xp.astype(ignored, xp.int64)))
+    n_rows = _counted(xp, xp.asarray(target), ignore_index)
     return float(xp.sum(grad * grad, dtype=xp.float64)) / n_rows if n_rows else math.nan
 
 
@@ -244,9 +225,12 @@ def _refuse_probabilities(logits: Array, target: Any) -> None:
         check.typed(view(owner_of(logits, "logits"), logits, target, "target", "logits"), "target", *check.INTEGERS)
 
 
-def _equals(xp: Any, labels: Array, value: int) -> Array:
+def _counted(xp: Any, labels: Array, ignore_index: int) -> int:
+    """Return the number of rows that are not ignored."""
     limits = xp.iinfo(labels.dtype)
-    return labels == value if limits.min <= value <= limits.max else xp.zeros(labels.shape, dtype=xp.bool)
+    if not limits.min <= ignore_index <= limits.max:
+        return math.prod(labels.shape)
+    return int(xp.sum(xp.astype(labels != ignore_index, xp.int64)))
 
 
 def log_loss(

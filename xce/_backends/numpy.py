@@ -29,10 +29,7 @@ _NUMBER_KINDS = _LABEL_KINDS | {np.dtype(bool): 17, np.dtype(np.float32): 20, np
 _SMALLEST, _LARGEST = 1e-30, 1e30  # what float32 computes with, far from its ends
 _PORTION = 1 << 24  # labels between two looks for Ctrl-C
 
-_UNWEIGHTED, _PLAIN = (
-    (None, None),
-    (0.0, 1.0, None, 0.0),
-)  # weights and real options of a `Call`, if nothing is asked for
+_PLAIN = (0.0, 1.0, None, 0.0)  # the real options of a `Call`, if nothing is asked for
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 _KERNELS: dict[np.dtype[Any], tuple[ModuleType, np.dtype[Any]]] = {}
 
