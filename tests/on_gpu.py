@@ -1,8 +1,8 @@
 """Calls with arrays of NumPy, carried out on a GPU: the tests of results are the same for every processor.
 
-`Elsewhere` takes the memory under the arguments to another place, where arrays lie in it as they lie here: same strides,
-same distance from a boundary of 16 bytes, and those that overlap here overlap there. Afterwards it brings the memory back.
-That place is a GPU (`Gpu`) or, to test this file without one, other memory of NumPy (`Host`).
+`Elsewhere` takes the memory under the arguments to another place, where arrays lie in it as they lie here: the same
+strides, the same distance from a boundary of 16 bytes, and those that overlap here overlap there. Afterwards it brings
+the memory back. That place is a GPU (`Gpu`) or, to test this file without one, other memory of NumPy (`Host`).
 """
 
 from __future__ import annotations
