@@ -1,6 +1,6 @@
 """Who runs on a GPU: xce, PyTorch, and the kernels of others for PyTorch, each a small class.
 
-`calls` makes what is timed, one call for each set of arrays; it raises `NotImplementedError` for what a library has not.
+`calls` makes what is timed, a call for each set of arrays; it raises `NotImplementedError` for what a library has not.
 """
 
 from __future__ import annotations

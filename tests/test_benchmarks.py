@@ -196,10 +196,10 @@ def rows_of_json(file: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # casts of NumPy to small floats
 def test_every_table_of_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     pytest.importorskip("ml_dtypes")
-    small = [
+    small = gpu.unique(
         gpu.Task(t.loss, t.dtype, (2, 5, 4, 4) if t.axis != -1 else (6, 11), t.axis, t.options)
         for t in gpu.tasks_of(gpu.parse([]))
-    ]
+    )
     monkeypatch.setattr(gpu, "tasks_of", lambda options: small)
     monkeypatch.setattr(gpu, "contenders_of", lambda machine, notes: eager_only(machine))
     file = tmp_path / "results" / "stage.json"

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from xce import _reference
 from xce._backends import _cuda
 
 nvrtc = pytest.importorskip("cupy", reason="needs CuPy, to compile the kernels of CUDA").cuda.nvrtc
@@ -109,8 +108,3 @@ ptxas info    : Function properties for _Z5other
 ptxas         .     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 """
     assert report(log, b"") == Report(72, {"rows": 12, "_Z5other": 0}, b"")
-
-
-def test_the_names_are_those_of_the_formulas() -> None:
-    assert set(_cuda._PHIS) == {*_reference.PHI, *_reference.DIVERGENCES}
-    assert set(_cuda._FORMULAS) == set(_reference.ELEMENTS)
