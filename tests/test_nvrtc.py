@@ -30,7 +30,7 @@ CASES = [
 
 # Threads that must fit on a multiprocessor at a time, so that some wait for memory while others compute: about half of
 # its 2048 (75: 1024) where speed is promised; with every option, or in float64, whose numbers take two registers, less.
-RESIDENT = {"plain": 768, "plain float64": 512, "full": 384, "full float64": 256, "elements": 512, "sums": 1024}
+RESIDENT = {"plain": 512, "plain float64": 384, "full": 256, "full float64": 256, "elements": 512, "sums": 1024}
 
 
 class Report(NamedTuple):
