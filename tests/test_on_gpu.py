@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -9,9 +11,10 @@ import numpy as np
 import on_gpu
 import pytest
 from cases import CASE_OF, problem
-from checks import LAYOUTS, called_by, check_loss, check_maps, check_stats, dtype_of, misaligned
+from checks import LAYOUTS, call, called_by, check_loss, check_maps, check_stats, dtype_of, misaligned
 
 import xce
+from xce._backends import _cuda
 
 elsewhere = on_gpu.Elsewhere(on_gpu.Host())
 ROWS = np.arange(60, dtype=np.float32).reshape(5, 12)
@@ -166,3 +169,72 @@ def test_cupy_makes_these_views() -> None:
         assert isinstance(there, place.array)
         found = (there.data.ptr, there.shape, there.strides, there.dtype)
         assert found == (here.ctypes.data, here.shape, here.strides, here.dtype), name
+
+
+# CuPy's own arrays over memory of NumPy: all of its backend but the launch
+
+
+@pytest.fixture
+def mirror() -> Iterator[on_gpu.Elsewhere]:
+    """A GPU whose memory is the CPU's and whose kernels are emulated."""
+    cupy = pytest.importorskip("cupy", reason="needs CuPy, of CUDA")
+    emulated = pytest.importorskip("emulated")
+    if emulated.COMPILER is None:
+        pytest.skip("needs a C++ compiler, to run the kernels of CUDA")
+    from xce._backends import cupy as backend
+
+    kept = []
+
+    def allocate(n: int) -> Any:
+        memory = np.full(n + 256, 0xFF, np.uint8)
+        kept.append(memory)
+        owner = cupy.cuda.UnownedMemory(memory.ctypes.data, memory.size, memory, device_id=0)
+        return cupy.cuda.MemoryPointer(owner, -memory.ctypes.data % 256)
+
+    class Memory(on_gpu.Gpu):
+        def put(self, data: np.ndarray, offset: int) -> Any:
+            pointer = allocate(offset + data.size) + offset
+            ctypes.memmove(pointer.ptr, data.ctypes.data, data.size)
+            return pointer
+
+        def get(self, memory: Any, data: np.ndarray) -> None:
+            ctypes.memmove(data.ctypes.data, memory.ptr, data.size)
+
+        def numpy(self, x: Any) -> np.ndarray:
+            assert isinstance(x, cupy.ndarray)
+            assert x.flags.c_contiguous
+            data = np.empty(x.nbytes, np.uint8)
+            self.get(x.data, data)
+            return data.view(x.dtype).reshape(x.shape)
+
+    class Device(emulated.Emulated):
+        def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+            return cupy.empty(shape, dtype)
+
+        def pointer(self, x: Any) -> int:
+            return int(x.data.ptr)
+
+    with (
+        cupy.cuda.using_allocator(allocate),
+        mock.patch.object(cupy.cuda, "Device", return_value=mock.Mock(id=0)),
+        mock.patch.object(backend, "_device", return_value=Device()),
+        mock.patch.multiple(
+            _cuda, _REGIMES=((64, _cuda.Regime(8, 1, 16)),), _CLUSTERS=((1e9, _cuda.Regime(64, 2, 64)),)
+        ),
+    ):
+        yield on_gpu.Elsewhere(Memory())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_backend_of_cupy_but_for_the_launch(dtype: str, mirror: on_gpu.Elsewhere) -> None:
+    with called_by(mirror):
+        for n in (5, 301):
+            x, y, _ = problem({}, shape=(3, n), dtype=dtype_of(dtype))
+            for place in (np.ascontiguousarray, np.asfortranarray, lambda a: a[::-1]):
+                grad = place(np.zeros_like(x))
+                options = {"validate": False, "label_smoothing": 0.1, "reduction": "none"}
+                results = check_loss(xce.cross_entropy, place(x), y, grad_out=grad, **options)
+                assert results[1] is grad
+            own = x.copy()
+            assert call(xce.focal_loss, own, y, validate=False, return_grad=True, grad_out=own)[1] is own
+            check_maps(x)
