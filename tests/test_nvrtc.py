@@ -30,9 +30,9 @@ CASES = [
     for arch in (ARCHITECTURES if EVERY else ARCHITECTURES[number % 4 : number % 4 + 1])
 ]
 
-# Threads that must fit on a multiprocessor at a time, so that some wait for memory while others compute: about half of
-# its 2048 (75: 1024) where speed is promised; with every option, or in float64, whose numbers take two registers, less.
-RESIDENT = {"plain": 512, "plain float64": 384, "full": 256, "full float64": 256, "elements": 512, "sums": 1024}
+# Threads that must fit on a multiprocessor, so that some wait for memory while others compute: rows of each level of
+# rows.cu, whose bounds (XCE_RESIDENT) make the compiler keep to it unless it spills; in float64 numbers take two registers.
+RESIDENT = {"0": 768, "1": 512, "2": 256, "elements": 512, "sums": 1024}
 
 
 class Report(NamedTuple):
@@ -95,8 +95,8 @@ def resident(module: _cuda.Module) -> int:
     definitions = dict(module.definitions)
     if "XCE_GROUP" not in definitions:
         return RESIDENT["elements" if "XCE_FORMULA" in definitions else "sums"]
-    kind = "full" if definitions["XCE_FULL"] == "1" else "plain"
-    return RESIDENT[kind + " float64" * (module.storage == "float64")]
+    threads = RESIDENT[definitions.get("XCE_LEVEL", "2")]
+    return min(threads, 512) if module.storage == "float64" or definitions["XCE_WHAT"] == "4" else threads
 
 
 def test_the_report_is_read() -> None:

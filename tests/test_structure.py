@@ -99,7 +99,8 @@ def test_every_formula_has_a_twin_of_cuda() -> None:
 
 
 def test_both_processors_compile_the_same_formulas() -> None:
-    assert "formulas.h" in _cuda.COMMON
+    assert "formulas.h" in _cuda.ROWS
+    assert "formulas.h" in _cuda.ELEMENTS
     assert '"formulas.h"' in source_of("cpu/elements.h")
     assert '"formulas.h"' in source_of("cpu/kernels.pyx")
     defined = re.findall(r"^XCE_\w+ jet (\w+)\(", source_of("formulas.h"), re.MULTILINE)
@@ -109,7 +110,10 @@ def test_both_processors_compile_the_same_formulas() -> None:
         assert not set(own) & set(defined), f"{file.name} has formulas of its own"
 
 
-@pytest.mark.parametrize("name", ["rows.cu", "sums.cu", "elements.cu", "job.h"])
+SCHEDULES = sorted(file.name for file in (ROOT / "src/cuda").glob("*") if file.name != "threads.h")
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_of_cuda_have_no_mathematics(name: str) -> None:
     """They call what primitives.h and formulas.h have, and none of CUDA's own functions."""
     text = re.sub(r"/\*.*?\*/|//[^\n]*", "", source_of(f"cuda/{name}"), flags=re.DOTALL)
@@ -118,7 +122,7 @@ def test_schedules_of_cuda_have_no_mathematics(name: str) -> None:
 
 
 def test_one_file_knows_one_processor_from_another() -> None:
-    for name in ("formulas.h", "cuda/rows.cu", "cuda/sums.cu", "cuda/elements.cu", "cuda/job.h"):
+    for name in ("formulas.h", *(f"cuda/{name}" for name in SCHEDULES)):
         assert not re.findall(r"XCE_CUDA|__CUDA_ARCH__|__CUDACC__|__x86_64__|__aarch64__", source_of(name)), name
 
 
