@@ -31,7 +31,7 @@ CASES = [
 ]
 
 # Threads that must fit on a multiprocessor, so that some wait for memory while others compute: rows of each level of
-# rows.cu, whose bounds (XCE_RESIDENT) make the compiler keep to it unless it spills; in float64 numbers take two registers.
+# rows.cu, whose bounds (XCE_RESIDENT) the compiler keeps unless it spills; in float64 numbers take two registers.
 RESIDENT = {"0": 768, "1": 512, "2": 256, "elements": 512, "sums": 1024}
 
 
