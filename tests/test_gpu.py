@@ -133,8 +133,9 @@ def carry_out(planned: Iterable[Planned]) -> None:
     """Compile what all of these checks need, at the same time; then check."""
     planned = list(planned)
     notebook = Notebook()
-    unchecked = {name: (lambda *_: -1) for name in ("scan_labels", "scan_values")}
-    owner = SimpleNamespace(view=emulated.view, wrap=emulated.wrap, run=lambda of: _cuda.run(of, notebook), **unchecked)
+    owner = SimpleNamespace(**{name: getattr(emulated, name) for name in emulated.__all__})
+    owner.run = lambda of: _cuda.run(of, notebook)
+    owner.scan_labels = owner.scan_values = lambda *_: -1
     functions = {
         check_loss: lambda f, x, target, **options: f(x, target, **options, **FLAGS),
         check_maps: lambda x, axis=-1: [f(x, axis=axis) for f in (xce.softmax, xce.log_softmax, xce.logsumexp)],
@@ -154,9 +155,13 @@ def compile_one(module: _cuda.Module) -> None:
     if EMULATED:
         emulated.library(module)
         return
-    from xce._backends import cupy as backend
+    import cupy
 
-    backend._module(module).compile()
+    from xce._backends.cupy import _OPTIONS
+
+    definitions = [f"-DXCE_STORAGE_{module.storage}", *(f"-D{name}={value}" for name, value in module.definitions)]
+    # for CuPy's cache on the disk, from which the backend will load it
+    cupy.RawModule(code=_cuda.text(*module.files), options=(*_OPTIONS, *definitions)).compile()
 
 
 def compile_all(modules: Iterable[_cuda.Module]) -> None:

@@ -27,10 +27,9 @@ XCE_FN int64_t place_of(const element_job &j, const numbers &a, int64_t flat)
     return place + flat * a.strides[0];
 }
 
-/* Not inlined: a kernel has forty of them, and would take NVRTC ten seconds. */
-XCE_PART scalar number(const element_job &j, const numbers &a, int64_t flat)
+XCE_FN scalar number(const element_job &j, const numbers &a, int64_t flat, scalar missing)
 {
-    return read_number(a.data + place_of(j, a, flat), (int)a.kind);
+    return a.data ? read_number(a.data + place_of(j, a, flat), (int)a.kind) : missing;
 }
 
 XCE_FN bool in_chunk(const element_job &j, const numbers &a, int64_t flat)
@@ -40,16 +39,13 @@ XCE_FN bool in_chunk(const element_job &j, const numbers &a, int64_t flat)
 
 XCE_FN void read_numbers(const element_job &j, const numbers &a, int64_t flat, scalar missing, scalar *out)
 {
-    if (!a.data) {
-        for (int i = 0; i < VEC; i++)
-            out[i] = missing;
-    } else if (in_chunk(j, a, flat)) {
+    if (a.data && in_chunk(j, a, flat)) {
         chunk raw = *(const chunk *)(a.data + flat * (int64_t)sizeof(storage));
         for (int i = 0; i < VEC; i++)
             out[i] = s_load(raw.at[i]);
     } else
         for (int i = 0; i < VEC; i++)
-            out[i] = flat + i < j.n ? number(j, a, flat + i) : missing;
+            out[i] = flat + i < j.n ? number(j, a, flat + i, missing) : missing;
 }
 
 XCE_FN void write_numbers(const element_job &j, const numbers &a, int64_t flat, const scalar *in)
@@ -67,8 +63,7 @@ XCE_FN void write_numbers(const element_job &j, const numbers &a, int64_t flat, 
 #if defined(XCE_FORMULA)
 #define XCE_ELEMENT XCE_PASTE(element_, XCE_FORMULA)
 
-/* The job stays where kernels get their arguments: a copy for `number` would be in the memory of each thread. */
-XCE_KERNEL(1) elements(const __grid_constant__ element_job j)
+XCE_KERNEL(1) elements(element_job j)
 {
     double denominator = j.denominator ? *j.denominator : 1;
     scalar scale = denominator != 0 ? (scalar)(j.factor / denominator) : 0;
