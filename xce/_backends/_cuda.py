@@ -91,8 +91,8 @@ class Regime(NamedTuple):
     threads: int  # of a block
 
 
-# Bytes of a row up to which a regime serves. Not measured yet: up to 1024 so that a row's own work, some 300 instructions a
-# thread, is shared by few threads that have at least four chunks each; the others as those of published kernels.
+# Bytes of a row up to which a regime serves. Not measured yet: up to 1024 so that what a row costs once, some 300
+# instructions of a thread, is done by few threads, of four chunks and more; the others are those of published kernels.
 _REGIMES = (
     (512, Regime(8, 1, 128)),
     (1024, Regime(16, 1, 128)),
@@ -121,9 +121,9 @@ def text(*names: str) -> str:
     return "\n".join(parts) + "\n"
 
 
-COMMON = ("cuda/threads.h", "primitives.h", "formulas.h", "cuda/job.h")
-ROWS = (*COMMON, "cuda/rows.cu")
-SUMS, ELEMENTS = (*ROWS, "cuda/sums.cu"), (*ROWS, "cuda/sums.cu", "cuda/elements.cu")
+_COMMON = ("cuda/threads.h", "primitives.h", "formulas.h", "cuda/job.h", "cuda/places.h")
+ROWS = (*_COMMON, "cuda/team.h", "cuda/row.h", "cuda/chunks.h", "cuda/entries.h", "cuda/rows.cu")
+SUMS, ELEMENTS = (*_COMMON, "cuda/sums.cu"), (*_COMMON, "cuda/sums.cu", "cuda/elements.cu")
 
 
 def choose(device: Device, row_bytes: int, adjacent: bool) -> Regime:
@@ -286,8 +286,8 @@ def _rows(device: Device, call: Call, what: str, arrays: dict[str, Any], options
 def _level(job: Any, call: Call) -> int:
     """How general a row is."""
     is_dense = bool(job["dense"]) or int(job["what"]) == _WHAT["state"]
-    is_linear = not job["phi"] and not job["teacher"]
-    if job["softcap"] or call.temperature != 1 or call.where is not None or (is_dense and not is_linear) or job["teacher"]:
+    is_transformed = job["softcap"] or call.temperature != 1 or call.where is not None
+    if is_transformed or job["teacher"] or (is_dense and job["phi"]):
         return FULL
     return DENSE if is_dense else SPARSE
 
