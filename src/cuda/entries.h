@@ -15,11 +15,6 @@ template <int LEVEL>
 XCE_FN void loss_derivatives(const row_job &j, const row_view &v, const row_outputs &r, int64_t c, scalar x, scalar *g,
                              scalar *h)
 {
-    if (c == r.top || c == v.label.value) { /* by the raw logit already */
-        *g = c == r.top ? r.grad_top : r.grad_label;
-        *h = c == r.top ? r.hess_top : r.hess_label;
-        return;
-    }
     if (is_linear<LEVEL>(j))
         *g = r_fma(coefficient(j, v, c), -r.factor, *g);
     else if (LEVEL == FULL && j.dense) {
@@ -33,8 +28,18 @@ XCE_FN void loss_derivatives(const row_job &j, const row_view &v, const row_outp
         logit_transform t = {(scalar)j.softcap, (scalar)j.temperature};
         transform_derivatives(t, raw_entry(j, v, c), g, h);
     }
-    if (v.where && !v.where[c * j.where.classes])
+    if (is_removed(j, v, c)) /* whatever the row holds */
         *g = *h = 0;
+}
+
+/* Four entries at a time, whose sum is added to the others in twice the precision; one, where each is a long calculation. */
+template <int STEP, int LEVEL, class F> XCE_FN void sum_entries(int64_t first, int64_t n, real_sum *sum, F term)
+{
+    int64_t c = first;
+    for (; LEVEL < FULL && c + 3 * STEP < n; c += 4 * STEP)
+        add_to(sum, (term(c) + term(c + STEP)) + (term(c + 2 * STEP) + term(c + 3 * STEP)));
+    for (; c < n; c += STEP)
+        add_to(sum, term(c));
 }
 
 /* The teacher's maximum and sum, and where it has the student's top class. */
@@ -142,6 +147,7 @@ XCE_FN void plain_row(const row_job &j, int64_t row, message_board *board, row_o
     }
 
     greatest top = {-XCE_INF, NOWHERE};
+#pragma unroll(LEVEL < FULL ? 4 : 1)
     for (int64_t c = rank; c < n; c += GROUP * CLUSTER) {
         scalar x = entry<LEVEL>(j, v, c);
         if (x > top.value)
@@ -154,20 +160,18 @@ XCE_FN void plain_row(const row_job &j, int64_t row, message_board *board, row_o
 
     real_sum rest = {0, 0}, distances = {0, 0}, weights = {0, 0}, spread = {0, 0};
     int64_t above = 0;
-    for (int64_t c = rank; c < n; c += GROUP * CLUSTER) {
-        scalar x = entry<LEVEL>(j, v, c);
-        above += WHAT(j) == STATS && x > v.label_logit;
-        if (c == r.top)
-            continue;
-        scalar e = r_exp_relative(x, ref);
-        add_to(&rest, e);
-        if (is_linear<LEVEL>(j)) {
+    sum_entries<GROUP * CLUSTER, LEVEL>(rank, n, &rest, [&](int64_t c) -> scalar {
+        scalar x = entry<LEVEL>(j, v, c), e = c == r.top ? 0 : r_exp_relative(x, ref);
+        if (is_linear<LEVEL>(j) && c != r.top) {
             scalar d = coefficient(j, v, c);
             add_to(&distances, weighted(d, top.value - x)), add_to(&weights, d);
         }
-        if (WHAT(j) == STATS)
+        if (WHAT(j) == STATS) {
+            above += x > v.label_logit;
             add_to(&spread, weighted(e, top.value - x));
-    }
+        }
+        return e;
+    });
     sums<3> all = {{total(rest), total(distances), total(weights)}};
     all = agree<GROUP, CLUSTER>(all, board);
     scalar linear[2] = {all.at[1], all.at[2]}, phi[3] = {0, 0, 0};
@@ -190,15 +194,26 @@ XCE_FN void plain_row(const row_job &j, int64_t row, message_board *board, row_o
     if (!v.grad && !v.hess)
         return;
     group_barrier<GROUP, CLUSTER>(); /* others may still read the entries at the top and the label */
+    auto write = [&](int64_t c, scalar g, scalar h) {
+        if (v.hess)
+            put<storage>(v.hess + c * j.hess.classes, h);
+        if (v.grad)
+            put<output>(v.grad + c * j.grad.classes, g);
+    };
+#pragma unroll(LEVEL < FULL ? 4 : 1)
     for (int64_t c = rank; c < n; c += GROUP * CLUSTER) {
         scalar g, h, x = entry<LEVEL>(j, v, c);
         derivatives(j, r, x, &g, &h);
         if (WHAT(j) == LOSS)
             loss_derivatives<LEVEL>(j, v, r, c, x, &g, &h);
-        if (v.hess)
-            put<storage>(v.hess + c * j.hess.classes, h);
-        if (v.grad)
-            put<output>(v.grad + c * j.grad.classes, g);
+        write(c, g, h);
+    }
+    if (WHAT(j) == LOSS) { /* where these do not hold, by the threads that have just written there */
+        const int64_t label = v.label.value, team = GROUP * CLUSTER;
+        if (label >= 0 && label % team == rank && !is_removed(j, v, label))
+            write(label, r.grad_label, r.hess_label);
+        if (r.top % team == rank && !is_removed(j, v, r.top))
+            write(r.top, r.grad_top, r.hess_top);
     }
     if (LEVEL == FULL && v.indices)
         write_sparse<GROUP, CLUSTER, LEVEL>(j, v, r, rank);

@@ -63,6 +63,8 @@ struct row_outputs {
     int64_t top;
 };
 
+XCE_FN bool is_removed(const row_job &j, const row_view &v, int64_t c) { return v.where && !v.where[c * j.where.classes]; }
+
 template <int LEVEL> XCE_FN scalar transformed(const row_job &j, const row_view &v, int64_t c, scalar x)
 {
     if (LEVEL < FULL)
@@ -71,7 +73,7 @@ template <int LEVEL> XCE_FN scalar transformed(const row_job &j, const row_view 
         logit_transform t = {(scalar)j.softcap, (scalar)j.temperature};
         x = transform_logit(t, x);
     }
-    return v.where && !v.where[c * j.where.classes] ? -XCE_INF : x;
+    return is_removed(j, v, c) ? -XCE_INF : x;
 }
 
 XCE_FN scalar raw_entry(const row_job &j, const row_view &v, int64_t c)
@@ -135,7 +137,7 @@ XCE_FN scalar probability(const row_job &j, const row_view &v, int64_t c)
 
 XCE_FN scalar coefficient(const row_job &j, const row_view &v, int64_t c)
 {
-    return v.where && !v.where[c * j.where.classes] ? 0 : coefficient_of(j, v, c, probability(j, v, c));
+    return is_removed(j, v, c) ? 0 : coefficient_of(j, v, c, probability(j, v, c));
 }
 
 /* All that is linear in the coefficients is summed with the exponentials, by one reading of the row. */
