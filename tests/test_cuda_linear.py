@@ -19,7 +19,7 @@ import test_linear  # noqa: E402
 from cases import combinations, oracle  # noqa: E402
 from checks import DTYPES, LAYOUTS, dtype_of, same_bits, widen  # noqa: E402
 from emulated import DEVICE, Emulated, blas  # noqa: E402
-from test_emulation import gpu  # noqa: E402, F401
+from test_emulation import SANITIZED, gpu  # noqa: E402, F401
 from test_linear import (  # noqa: E402, F401
     RNG,
     B,
@@ -56,6 +56,14 @@ from test_linear import (  # noqa: E402, F401
 
 import xce  # noqa: E402
 from xce._backends import _cuda_linear  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def sanitized(request: pytest.FixtureRequest) -> None:
+    """Numbers at odd addresses, which only a CPU reads, are what the sanitizers report."""
+    every_layout = [test.__name__ for test in (test_inputs_may_be_overwritten, test_random_calls, test_products)]
+    if SANITIZED and ("misaligned" in request.node.name or request.function.__name__ in every_layout):
+        pytest.skip("reads numbers at odd addresses")
 
 
 @pytest.fixture
