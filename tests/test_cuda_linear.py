@@ -86,7 +86,7 @@ def rounding_of_g(x: Any, w: Any, target: Any, bias: Any, **options: Any) -> tup
     size = half_spacing(x.dtype)
     x, w, target, bias = map(widen, (x, w, target, 0.0 if bias is None else bias))
     _, g = oracle(xce.cross_entropy, x @ w.T + bias, target, **options | {"axis": -1, "return_grad": True})
-    g = np.abs(g).reshape(-1, len(w)) * size + 2.0**-25 * _cuda_linear.FLOAT16_UNIT
+    g = np.abs(g).reshape(-1, len(w)) * size + 2.0**-25 * (1 if options.get("reduction", "mean") != "mean" else 1 / 16)
     rows = np.abs(x).reshape(len(g), x.shape[-1])
     return tuple(float(a.max(initial=0.0)) for a in (g @ np.abs(w), g.T @ rows, g.sum(0)))
 
@@ -125,15 +125,22 @@ def test_16_bit_chunks_add_up_in_float32(dtype: str) -> None:
 
 
 def test_float16_gradients_of_a_mean_do_not_vanish() -> None:
-    """An entry of g is 1e-9 here; the smallest number of float16 is 6e-8."""
+    """Entries of g are 1e-8 here; the smallest number of float16 is 6e-8."""
     x, y = np.full((500, 1), 64, "f2"), np.zeros(500, int)
-    w = np.linspace(0.25, 0, 3).astype("f2")[:, None]
+    w = np.array([[3 / 16], [3 / 32], [0]], "f2")
     out = (None, np.full(w.shape, np.nan, "f4"), None)
     for chunk_rows in (None, 170):
         _, grads = xce.linear_cross_entropy(x, w, y, return_grad=True, grad_out=out, chunk_rows=chunk_rows)
         exact = composed(x, w, y)[1][1]
-        assert (np.abs(exact / 64 / 500)[1:] < 1e-6).all()
+        assert abs(exact[2]) / 64 / 500 < 2e-8
         np.testing.assert_allclose(grads[1], exact, rtol=2.0**-10)
+
+
+def test_float16_gradients_of_one_row_among_many_do_not_overflow() -> None:
+    n = 3000
+    x, w, y = RNG.standard_normal((n, 2)).astype("f2"), W[:, :2].astype("f2"), np.full(n, 1)
+    weights = (np.arange(n) == 7).astype("f4")
+    check(x, w, y, sample_weight=weights, rtol=1e-5)
 
 
 def test_ignored_rows_meet_infinite_weights() -> None:

@@ -28,7 +28,6 @@ from xce._call import Call, LinearCall
 CHUNK_ROWS = 4096
 CHUNK_SHARE = 32  # of the GPU's memory, for a chunk: 4.4 GB of an H200's, 5700 rows of 128256 classes in bfloat16
 ALIGNED_BYTES = 16  # of the rows of what is allocated here: what tensor cores want, and loads of 16 bytes
-FLOAT16_UNIT = 2.0**-8
 COPY_TURNS = 4  # TURNS of linear.cu
 LARGEST = 2**31 - 1  # sizes in BLAS
 
@@ -47,7 +46,7 @@ def run(call: LinearCall, device: Device) -> tuple[Any, tuple[Any, Any, Any]]:
     grads = d_inputs, d_weight, d_bias = tuple(_outputs(call, device))
     value = device.empty((n_rows,), _scalar(loss))
     denominator = _cuda.denominator_of_mean(device, loss) if loss.reduction == "mean" else None
-    share, unit = _share(device, loss, denominator)
+    share, unit = _share(loss, denominator)
     layer = _Layer(call, device, d_inputs, d_weight, d_bias, unit)
     for start in range(0, n_rows, layer.step):
         part = slice(start, min(start + layer.step, n_rows))
@@ -78,17 +77,16 @@ def _outputs(call: LinearCall, device: Device) -> Iterator[Any]:
         yield device.empty(array.shape, array.dtype) if is_missing else buffer
 
 
-def _share(device: Device, loss: Call, denominator: Any) -> tuple[Any, float]:
-    """What to divide the gradients of the logits by, and the unit that these then have.
+def _share(loss: Call, denominator: Any) -> tuple[Any, float]:
+    """What to divide the gradients of the logits by, and the unit that these then have, a power of two.
 
-    In float16 those of a mean over many rows would vanish below the normal numbers: the unit, a power of two, moves
-    them to the middle of what float16 holds.
+    Those of a mean over many rows would vanish in float16, below 6e-5 bit by bit. In this unit they are some 16 times
+    those of a sum; and if one row has all the weight, at most 16384, of 65504.
     """
-    if loss.logits.dtype != np.float16 or not loss.return_grad:
+    if denominator is None or loss.logits.dtype != np.float16 or not loss.return_grad:
         return denominator, 1.0
-    if denominator is None:
-        return _filled(device, 1, np.float64, FLOAT16_UNIT), FLOAT16_UNIT
-    unit = math.ldexp(FLOAT16_UNIT, -math.frexp(math.prod(loss.logits.shape[:-1]))[1])
+    n_rows = max(math.prod(loss.logits.shape[:-1]), 1)
+    unit = 2.0 ** -(4 + min(math.ceil(math.log2(n_rows)), 10))
     return denominator * unit, unit
 
 
