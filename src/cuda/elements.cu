@@ -39,23 +39,18 @@ XCE_FN bool in_chunk(const element_job &j, const numbers &a, int64_t flat)
 
 XCE_FN void read_numbers(const element_job &j, const numbers &a, int64_t flat, scalar missing, scalar *out)
 {
-    if (a.data && in_chunk(j, a, flat)) {
-        chunk raw = *(const chunk *)(a.data + flat * (int64_t)sizeof(storage));
-        for (int i = 0; i < VEC; i++)
-            out[i] = s_load(raw.at[i]);
-    } else
+    if (a.data && in_chunk(j, a, flat))
+        unpack(*(const chunk *)(a.data + flat * (int64_t)sizeof(storage)), out);
+    else
         for (int i = 0; i < VEC; i++)
             out[i] = flat + i < j.n ? number(j, a, flat + i, missing) : missing;
 }
 
 XCE_FN void write_numbers(const element_job &j, const numbers &a, int64_t flat, const scalar *in)
 {
-    if (in_chunk(j, a, flat)) {
-        chunk raw;
-        for (int i = 0; i < VEC; i++)
-            raw.at[i] = s_store(in[i]);
-        *(chunk *)(a.data + flat * (int64_t)sizeof(storage)) = raw;
-    } else
+    if (in_chunk(j, a, flat))
+        put_all<storage>(a.data + flat * (int64_t)sizeof(storage), in);
+    else
         for (int i = 0; i < VEC && flat + i < j.n; i++)
             *(storage *)(a.data + place_of(j, a, flat + i)) = s_store(in[i]);
 }

@@ -116,10 +116,11 @@ class Regime(NamedTuple):
     threads: int  # of a block
 
 
-# bytes of a row up to which a regime serves; the figures of FINDINGS for 16-bit logits, in bytes. Not measured yet.
+# Bytes of a row up to which a regime serves. Not measured yet: up to 1024 so that what a row costs once, some 300
+# instructions of a thread, is done by few threads, of four chunks and more; the others are those of published kernels.
 _REGIMES = (
-    (128, Regime(8, 1, 128)),
-    (256, Regime(16, 1, 128)),
+    (512, Regime(8, 1, 128)),
+    (1024, Regime(16, 1, 128)),
     (6144, Regime(32, 1, 128)),
     (12288, Regime(64, 1, 64)),
     (32768, Regime(128, 1, 128)),
@@ -127,6 +128,8 @@ _REGIMES = (
 )
 _CLUSTERS = ((131072, Regime(256, 2, 256)), (262144, Regime(256, 4, 256)), (math.inf, Regime(256, 8, 256)))
 _STRIDED = Regime(1, 1, 128)
+
+SPARSE, DENSE, FULL = range(3)  # levels of rows.cu
 
 
 @cache
@@ -143,9 +146,9 @@ def text(*names: str) -> str:
     return "\n".join(parts) + "\n"
 
 
-COMMON = ("cuda/threads.h", "primitives.h", "formulas.h", "cuda/job.h")
-ROWS = (*COMMON, "cuda/rows.cu")
-SUMS, ELEMENTS = (*ROWS, "cuda/sums.cu"), (*ROWS, "cuda/sums.cu", "cuda/elements.cu")
+_COMMON = ("cuda/threads.h", "primitives.h", "formulas.h", "cuda/job.h", "cuda/places.h")
+ROWS = (*_COMMON, "cuda/team.h", "cuda/row.h", "cuda/chunks.h", "cuda/entries.h", "cuda/rows.cu")
+SUMS, ELEMENTS = (*_COMMON, "cuda/sums.cu"), (*_COMMON, "cuda/sums.cu", "cuda/elements.cu")
 
 
 def choose(device: Device, row_bytes: int, adjacent: bool) -> Regime:
@@ -302,27 +305,43 @@ def _rows(device: Device, call: Call, what: str, arrays: dict[str, Any], options
     q = arrays.get("q")
     job["q_is_scalar"] = q is not None and q.dtype != x.dtype
 
-    size, n_classes = x.dtype.itemsize, x.shape[axis]
-    outputs = [arrays.get(name) for name in ("grad", "hess")]
-    adjacent = n_classes == 1 or all(a is None or a.strides[axis] == size for a in (x, *outputs))
-    regime = choose(device, n_classes * size, adjacent)
-    groups = regime.threads // regime.group
-    vec = 16 // size
-    chunks = -(-(n_classes + vec - 1) // (vec * regime.group * regime.cluster))  # of a thread
-    cached = 0 if regime.group == 1 else min(chunks, device.shared_bytes // (16 * regime.threads))
+    grad, hess, n_classes = arrays.get("grad"), arrays.get("hess"), x.shape[axis]
+    adjacent = n_classes == 1 or all(a is None or a.strides[axis] == a.dtype.itemsize for a in (x, grad, hess))
+    regime = choose(device, n_classes * x.dtype.itemsize, adjacent)
+    groups, level = regime.threads // regime.group, _level(job, call)
+    is_chunked, vec = regime.group > 1 and level < FULL, 16 // x.dtype.itemsize
+    chunks = -(-(n_classes + vec - 1) // vec)
+    if is_chunked and chunks >= 2**31:
+        raise ValueError(f"rows of {n_classes} classes are too long for a GPU: allowed are {2**31 * vec - 2 * vec}")
+    of_thread = -(-chunks // (regime.group * regime.cluster))
+    cached = min(of_thread, device.shared_bytes // (16 * regime.threads)) if is_chunked else 0
     job["cached"] = cached
-    is_full = bool(
-        job["softcap"] or call.temperature != 1 or call.where is not None or job["q_is_scalar"] or job["teacher"]
-        or (job["dense"] and job["phi"])
-    )  # fmt: skip
-    definitions = {
-        "XCE_GROUP": regime.group, "XCE_CLUSTER": regime.cluster, "XCE_FULL": int(is_full), "XCE_WHAT": _WHAT[what],
-        "XCE_PHI": int(job["phi"]),
-    }  # fmt: skip
-    module = Module(storage_name(x), ROWS, tuple((name, str(value)) for name, value in definitions.items()))
+    output = None if grad is None or grad.dtype == x.dtype else storage_name(grad)
+    module = rows_module(storage_name(x), regime, level, _WHAT[what], int(job["phi"]), output)
     units = -(-int(job["n_rows"]) // groups)
     grid = min(units, device.processors * 2048 // regime.threads) * regime.cluster
     device.launch(module, "rows", grid, (regime.group, groups), 16 * regime.threads * cached, job)
+
+
+def _level(job: Any, call: Call) -> int:
+    """How general a row is."""
+    is_dense = bool(job["dense"]) or int(job["what"]) == _WHAT["state"]
+    is_transformed = job["softcap"] or call.temperature != 1 or call.where is not None
+    if is_transformed or job["teacher"] or (is_dense and job["phi"]):
+        return FULL
+    return DENSE if is_dense else SPARSE
+
+
+def rows_module(
+    storage: str, regime: Regime, level: int, what: int = 0, phi: int = 0, output: str | None = None
+) -> Module:
+    """Return the module of a kernel of rows; `output` is the type of gradients, if not that of the logits."""
+    values = {
+        "GROUP": regime.group, "CLUSTER": regime.cluster, "THREADS": regime.threads, "LEVEL": level, "WHAT": what,
+        "PHI": phi,
+    }  # fmt: skip
+    definitions = tuple((f"XCE_{name}", str(value)) for name, value in values.items())
+    return Module(storage, ROWS, definitions if output is None else (*definitions, (f"XCE_OUTPUT_{output}", "1")))
 
 
 def _sum(
@@ -484,14 +503,22 @@ _MAPS = {"softmax": _map, "log_softmax": _map, "logsumexp": _logsumexp, "stats":
 
 def modules() -> Iterable[tuple[Module, str]]:
     """Every kind of module with a kernel of it, for the tests that compile them."""
-    last = len(_PHIS) - 1  # the longest
+    regimes = [_STRIDED, *(regime for _, regime in (*_REGIMES, *_CLUSTERS))]
     for storage in ("float32", "float64", "float16", "bfloat16"):
-        for regime in (_STRIDED, *(regime for _, regime in (*_REGIMES, *_CLUSTERS))):
-            for full, phi in ((0, 0), (1, last)):
-                values = (regime.group, regime.cluster, full, _WHAT["loss"], phi)
-                names = ("XCE_GROUP", "XCE_CLUSTER", "XCE_FULL", "XCE_WHAT", "XCE_PHI")
-                yield Module(storage, ROWS, tuple(zip(names, map(str, values), strict=True))), "rows"
+        for regime in regimes:
+            for level, phi in ((SPARSE, 0), (DENSE, 0), (FULL, len(_PHIS) - 1)):
+                yield rows_module(storage, regime, level, _WHAT["loss"], phi), "rows"
+        for phi in range(1, _PHIS.index("forward")):
+            yield rows_module(storage, _REGIMES[-1][1], SPARSE, _WHAT["loss"], phi), "rows"
+        for phi in range(1, len(_PHIS) - 1):
+            yield rows_module(storage, _REGIMES[-1][1], FULL, _WHAT["loss"], phi), "rows"
+        for what in _WHAT.values():
+            level = DENSE if what == _WHAT["state"] else SPARSE
+            yield rows_module(storage, _REGIMES[-1][1], level, what), "rows"
         for formula in _FORMULAS:
             yield Module(storage, ELEMENTS, (("XCE_FORMULA", formula),)), "elements"
+    for output in ("float16", "bfloat16"):
+        for level in (SPARSE, DENSE, FULL):
+            yield rows_module("float32", _REGIMES[-1][1], level, output=output), "rows"
     for storage in ("float32", "float64"):
         yield Module(storage, SUMS, (("XCE_SUMS", "1"),)), "partial_sums"

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from xce._backends import _cuda
-from xce._backends._cuda import AXES, ROWS, Device, Module, Product
+from xce._backends._cuda import AXES, Device, Module, Product
 from xce._call import Call, LinearCall
 
 # Rows of a chunk, for milliseconds of 8192 rows in bfloat16 as others measured them on an H200: 256 rows 53, 2048 37.7,
@@ -323,12 +323,12 @@ def _copier(source: Any, target: Any) -> Module:
         how, narrow = ("NARROW", target) if target.itemsize == 2 else ("WIDEN", source)
         storage = "float16" if narrow == np.float16 else "bfloat16"
     definitions = (("XCE_COPY", how), ("XCE_BYTES", str(target.itemsize)))
-    return Module(storage, (*ROWS, "cuda/linear.cu"), definitions)
+    return Module(storage, (*_cuda._COMMON, "cuda/linear.cu"), definitions)
 
 
 def modules() -> Iterable[tuple[Module, str]]:
     """Every kind of module with a kernel of it, for the tests that compile them."""
-    files = (*ROWS, "cuda/linear.cu")
+    files = (*_cuda._COMMON, "cuda/linear.cu")
     for size in ("1", "2", "4", "8"):
         yield Module("float32", files, (("XCE_COPY", "SAME"), ("XCE_BYTES", size))), "copy_rows"
     for storage in ("float16", "bfloat16"):
