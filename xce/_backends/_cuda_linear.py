@@ -51,14 +51,12 @@ def run(call: LinearCall, device: Device) -> tuple[Any, tuple[Any, Any, Any]]:
     for start in range(0, n_rows, layer.step):
         part = slice(start, min(start + layer.step, n_rows))
         logits, g = layer.forward(part)
-        chunk = loss._replace(logits=logits, axis=1, grad_out=logits if loss.return_grad else None, **{
+        chunk = loss._replace(logits=logits, axis=1, grad_out=g if loss.return_grad else None, **{
             name: _rows_of(device, getattr(loss, name), loss.logits.ndim - 1, part)
             for name in ("target", "sample_weight", "where")
         })  # fmt: skip
         _cuda.row_losses(device, chunk, value[part], share)
         if loss.return_grad:
-            if g is not logits:
-                _copy(device, _range(device, logits, 1), _range(device, g, 1), g.shape)
             layer.backward(part, g)
     layer.finish()
     if loss.reduction == "none":
