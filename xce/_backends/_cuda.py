@@ -67,9 +67,33 @@ class Module(NamedTuple):
     definitions: tuple[tuple[str, str], ...] = ()
 
 
+class Product(NamedTuple):
+    """C = alpha A B + beta C as BLAS has it: columns lie side by side, from one to the next it is `ld` entries.
+
+    C is m by n, A is m by k, B is k by n; a transposed one lies there as its transpose. With beta = 0, C is not read.
+    """
+
+    transpose_a: bool
+    transpose_b: bool
+    m: int
+    n: int
+    k: int
+    alpha: float
+    a: int  # addresses
+    lda: int
+    b: int
+    ldb: int
+    beta: float
+    c: int
+    ldc: int
+    dtype: Any  # of A and B
+    out_dtype: Any  # of C: that, or float32 for 16-bit A and B; sums are of float32 then, too
+
+
 class Device(Protocol):
     """Memory, and kernels that run on it."""
 
+    memory_bytes: int
     shared_bytes: int  # of a block at most
     has_clusters: bool
     processors: int
@@ -80,6 +104,7 @@ class Device(Protocol):
     def pointer(self, x: Any) -> int: ...
     def sum(self, x: Any) -> Any: ...
     def mean(self, x: Any, axis: int) -> Any: ...
+    def gemm(self, product: Product) -> None: ...
     def launch(self, module: Module, kernel: str, grid: int, block: tuple[int, int], shared: int, job: Any) -> None: ...
 
 
@@ -203,6 +228,33 @@ def run(call: Any, device: Device) -> Any:
 
 def _loss(call: Call, device: Device) -> tuple[Any, Any, Any]:
     logits = call.logits
+    value = device.empty(logits.shape[: call.axis] + logits.shape[call.axis + 1 :], _scalar(logits))
+    denominator = denominator_of_mean(device, call) if call.reduction == "mean" else None
+    grad, hess = row_losses(device, call, value, denominator)
+    return value if call.reduction == "none" else sum_of_losses(device, call, value, denominator), grad, hess
+
+
+def denominator_of_mean(device: Device, call: Call) -> Any:
+    """The denominator of "mean", float64, on the device."""
+    is_index, scalar = call.target.ndim < call.logits.ndim, _scalar(call.logits)
+    # class weights do not count for probabilities
+    label, weight = (call.target, _factor(call.weight, scalar)) if is_index else (None, None)
+    result = device.empty((1,), np.float64)
+    rows = call.logits.shape[: call.axis] + call.logits.shape[call.axis + 1 :]
+    _sum(device, call, label, _sample(call, scalar), weight, None, result, None, None, rows)
+    return result
+
+
+def sum_of_losses(device: Device, call: Call, value: Any, denominator: Any) -> Any:
+    """The sum of the rows' losses over the denominator, if there is one."""
+    total, loss = device.empty((1,), np.float64), device.empty((), value.dtype)
+    _sum(device, call, None, None, None, value, total, loss, denominator, value.shape)
+    return loss
+
+
+def row_losses(device: Device, call: Call, value: Any, denominator: Any) -> tuple[Any, Any]:
+    """Write the losses of the rows into `value`; their gradients over the denominator, and Hessian diagonals."""
+    logits = call.logits
     scalar = _scalar(logits)
     is_index = call.target.ndim < logits.ndim
     label, q = (call.target, None) if is_index else (None, call.target)
@@ -214,18 +266,9 @@ def _loss(call: Call, device: Device) -> tuple[Any, Any, Any]:
         and device.pointer(grad) == device.pointer(logits)
     ):
         logits = logits.copy()  # the sparse teacher's classes are read again after the rows are written
-    rows = logits.shape[: call.axis] + logits.shape[call.axis + 1 :]
-    value = device.empty(rows, scalar)
-    weight, sample = _factor(call.weight, scalar), call.sample_weight
-    sample = sample if sample is None or sample.dtype == scalar else sample.astype(scalar)
+    weight, sample = _factor(call.weight, scalar), _sample(call, scalar)
     if q is not None and q.dtype != logits.dtype:
         q = q.astype(scalar)
-    total = device.empty((2,), np.float64)
-    loss = device.empty((), scalar)
-    denominator = total[:1] if call.reduction == "mean" else None
-    if denominator is not None:
-        # class weights do not count for probabilities
-        _sum(device, call, label, sample, weight if is_index else None, None, denominator, None, None, rows)
     if logits.size:
         options = {
             "phi": _PHIS.index(call.phi),
@@ -241,10 +284,7 @@ def _loss(call: Call, device: Device) -> tuple[Any, Any, Any]:
             "value": value, "indices": call.teacher_indices, "weight": weight, "denominator": denominator,
         }  # fmt: skip
         _rows(device, call, "nll" if call.op == "nll" else "loss", arrays, options)
-    if call.reduction == "none":
-        return value, grad, hess
-    _sum(device, call, None, None, None, value, total[1:], loss, denominator, rows)
-    return loss, grad, hess
+    return grad, hess
 
 
 def _rows(device: Device, call: Call, what: str, arrays: dict[str, Any], options: dict[str, Any]) -> None:
@@ -419,6 +459,12 @@ def _factor(weight: Any, scalar: np.dtype[Any]) -> Any:
         return None
     weight = weight if weight.dtype == scalar else weight.astype(scalar)
     return weight if weight.flags.c_contiguous else weight.copy()
+
+
+def _sample(call: Call, scalar: np.dtype[Any]) -> Any:
+    """The sample weights, in the type of the computation."""
+    sample = call.sample_weight
+    return sample if sample is None or sample.dtype == scalar else sample.astype(scalar)
 
 
 def _buffer(device: Device, x: Any, buffer: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +14,7 @@ except ImportError as missing:
         "arrays of CuPy are computed on by CuPy, which is missing: pip install 'xce[cuda13]'"
     ) from missing
 
-from xce._backends import _cuda
+from xce._backends import _cuda, _cuda_linear
 from xce._backends._scan import scan_labels, scan_values
 from xce._call import LinearCall
 
@@ -22,6 +22,9 @@ __all__ = ["run", "run_linear", "scan_labels", "scan_values", "view", "wrap"]
 
 # The same bits as on a CPU as far as they go: nothing is contracted. CuPy adds -ftz=true, so subnormals are 0.
 _OPTIONS = ("-std=c++20", "-DXCE_CUDA", "--fmad=false")
+# CUBLAS_DEFAULT_MATH, which has no TF32, with CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION: parts of a sum are
+# added in float32, whatever the result is rounded to.
+_MATH_MODE = 16
 _SHARED_BYTES = 64 << 10  # of a block: three of them share a multiprocessor of compute capability 9.0
 
 
@@ -36,6 +39,7 @@ class _Device:
         self.shared_bytes = min(_SHARED_BYTES, attributes["MaxSharedMemoryPerBlockOptin"] - 2048)
         self.has_clusters = attributes["ComputeCapabilityMajor"] >= 9
         self.processors = attributes["MultiProcessorCount"]
+        self.memory_bytes = cupy.cuda.Device(number).mem_info[1]
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         return cupy.empty(shape, dtype)
@@ -49,6 +53,22 @@ class _Device:
     def mean(self, x: Any, axis: int) -> Any:
         return cupy.mean(x, axis, dtype=np.float64).astype(x.dtype)
 
+    def gemm(self, product: _cuda.Product) -> None:
+        p, compute = product, np.float64 if product.out_dtype == np.float64 else np.float32
+        kind, out_kind = _blas_type(p.dtype), _blas_type(p.out_dtype)
+        alpha, beta = np.array(p.alpha, compute), np.array(p.beta, compute)  # read during the call
+        cublas, handle = cupy.cuda.cublas, cupy.cuda.device.get_cublas_handle()  # this thread's; gemmEx sets the stream
+        how = cublas.CUBLAS_COMPUTE_64F if compute == np.float64 else cublas.CUBLAS_COMPUTE_32F
+        mode = cublas.getMathMode(handle)
+        cublas.setMathMode(handle, _MATH_MODE)
+        try:
+            cublas.gemmEx(
+                handle, int(p.transpose_a), int(p.transpose_b), p.m, p.n, p.k, alpha.ctypes.data, p.a, kind, p.lda,
+                p.b, kind, p.ldb, beta.ctypes.data, p.c, out_kind, p.ldc, how, cublas.CUBLAS_GEMM_DEFAULT,
+            )  # fmt: skip
+        finally:
+            cublas.setMathMode(handle, mode)
+
     def launch(
         self, module: _cuda.Module, kernel: str, grid: int, block: tuple[int, int], shared: int, job: Any
     ) -> None:
@@ -56,6 +76,12 @@ class _Device:
         if shared > 48 << 10:
             function.max_dynamic_shared_size_bytes = shared
         function((grid,), block, (job,), shared_mem=shared)
+
+
+def _blas_type(dtype: Any) -> int:
+    runtime = cupy.cuda.runtime
+    codes = {"float16": runtime.CUDA_R_16F, "float32": runtime.CUDA_R_32F, "float64": runtime.CUDA_R_64F}
+    return int(codes.get(str(dtype), runtime.CUDA_R_16BF))
 
 
 @cache
@@ -94,6 +120,6 @@ def run(call: Any) -> Any:
     return _cuda.run(call, _device(cupy.cuda.Device().id))
 
 
-def run_linear(call: LinearCall) -> NoReturn:
-    """Refuse `call`."""
-    raise NotImplementedError("linear_cross_entropy has no GPU kernels yet: copy the arrays to the CPU first")
+def run_linear(call: LinearCall) -> Any:
+    """Compute `call`."""
+    return _cuda_linear.run(call, _device(cupy.cuda.Device().id))
