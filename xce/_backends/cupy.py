@@ -97,7 +97,7 @@ def to_numpy(x: Any) -> Any:
 
 def from_numpy(x: Any, like: Any) -> Any:
     """Return a copy of `x` on the current device, where `like` is."""
-    return cupy.asarray(x)
+    return cupy.asarray(x, blocking=True)
 
 
 def scan_labels(target: Any, n_classes: int, ignore_index: int) -> int:
