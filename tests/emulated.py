@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 
 from xce._backends import _cuda, _cuda_linear
-from xce._backends._scan import scan_labels, scan_values
 
-__all__ = ["run", "run_linear", "scan_labels", "scan_values", "view", "wrap"]
+__all__ = ["from_numpy", "run", "run_linear", "scan_labels", "scan_values", "to_numpy", "view", "wrap"]
 
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 FLAGS = ["-std=c++20", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-mfma", "-fno-strict-aliasing", "-w"]
@@ -40,6 +39,7 @@ JOBS = {
     "elements": "element_job",
     "copy_rows": "copy_job",
 }
+ARRAYS = ("scan", "convert", "sum_numbers", "mean_of_rows")
 
 
 @cache
@@ -50,11 +50,13 @@ def library(module: _cuda.Module) -> ctypes.CDLL:
     kernels = ["partial_sums", "final_sum"] if "XCE_SUMS" in definitions else ["rows"]
     if "XCE_FORMULA" in definitions:
         kernels = ["elements"]
-    elif "XCE_COPY" in definitions:
+    if "XCE_COPY" in definitions:
         kernels = ["copy_rows"]
+    if "XCE_ARRAYS" in definitions:
+        kernels = list(ARRAYS)
     code = f'#define XCE_STORAGE_{module.storage}\n#include "{Path(__file__).parent / "emulation.h"}"\n'
     code += _cuda.text(*module.files)
-    code += "".join(ENTRY.format(kernel=kernel, type=JOBS[kernel]) for kernel in kernels)
+    code += "".join(ENTRY.format(kernel=kernel, type=JOBS.get(kernel, "array_job")) for kernel in kernels)
     return compiled(code, tuple(f"-D{name}={value}" for name, value in definitions.items()))
 
 
@@ -91,11 +93,8 @@ class Emulated:
     def pointer(self, x: Any) -> int:
         return int(x.ctypes.data)
 
-    def sum(self, x: Any) -> Any:
-        return np.sum(x, dtype=np.float64, keepdims=True)
-
-    def mean(self, x: Any, axis: int) -> Any:
-        return np.mean(x, axis, dtype=np.float64).astype(x.dtype)
+    def to_numpy(self, x: Any) -> Any:
+        return x.copy()
 
     def gemm(self, product: _cuda.Product) -> None:
         assert product.alpha != 0
@@ -105,6 +104,7 @@ class Emulated:
     def launch(
         self, module: _cuda.Module, kernel: str, grid: int, block: tuple[int, int], shared: int, job: Any
     ) -> None:
+        assert 0 < grid < 1 << 31, "an error on a GPU"
         lib = library(module)
         assert lib[f"size_{kernel}"]() == job.nbytes
         cluster = int(dict(module.definitions).get("XCE_CLUSTER", 1))
@@ -142,6 +142,22 @@ def columns_at(address: int, rows: int, columns: int, ld: int, dtype: Any) -> An
 
 def view(x: Any, name: str) -> Any:
     return np.asarray(x)
+
+
+def to_numpy(x: Any) -> Any:
+    return np.array(x)
+
+
+def from_numpy(x: Any, like: Any) -> Any:
+    return np.array(x)
+
+
+def scan_labels(target: Any, n_classes: int, ignore_index: int) -> int:
+    return _cuda.scan_labels(target, n_classes, ignore_index, DEVICE)
+
+
+def scan_values(values: Any, low: float, high: float | None) -> int:
+    return _cuda.scan_values(values, low, high, DEVICE)
 
 
 def wrap(result: Any) -> Any:

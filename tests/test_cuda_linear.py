@@ -143,6 +143,18 @@ def test_float16_gradients_of_one_row_among_many_do_not_overflow() -> None:
     check(x, w, y, sample_weight=weights, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_options_that_only_float64_holds(dtype: str) -> None:
+    """Of weights in float32 themselves nothing is read before the kernels run."""
+    x, w, b = (a.astype(dtype_of(dtype)) for a in (X, W, B))
+    check(x, w, Y, b, weight=np.full(C, 1e-40), rtol=1e-6)
+    check(x, w, Y, None, sample_weight=np.array([1e-38, 1.0, 1e-42, 1, 1]), reduction="sum", rtol=1e-6)
+    buffers = tuple(np.empty_like(a) for a in (x, w))
+    _, grads = check(x, w, Y, None, temperature=1e35, reduction="none", rtol=1e-6, grad_out=(*buffers, None))
+    assert grads[0] is buffers[0]
+    assert grads[1] is buffers[1]
+
+
 def test_ignored_rows_meet_infinite_weights() -> None:
     w, y = W.copy(), np.where(Y == 2, -100, Y)
     w[1, 1], w[3, 0] = np.inf, np.nan

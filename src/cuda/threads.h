@@ -129,6 +129,12 @@ XCE_FN uint16_t float_to_half(float a)
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(b) : "f"(a));
     return b;
 }
+XCE_FN uint16_t double_to_half(double a) /* rounded once */
+{
+    uint16_t b;
+    asm("cvt.rn.f16.f64 %0, %1;" : "=h"(b) : "d"(a));
+    return b;
+}
 XCE_FN float exp2_unit(float a) /* to 2 ulp */
 {
     float b;

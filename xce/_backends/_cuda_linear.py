@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from xce._backends import _cuda
 from xce._backends._cuda import AXES, Device, Module, Product
+from xce._backends._numbers import FLOAT32, FLOAT64, LABEL_KINDS
 from xce._call import Call, LinearCall
 
 # Rows of a chunk, for milliseconds of 8192 rows in bfloat16 as others measured them on an H200: 256 rows 53, 2048 37.7,
@@ -42,6 +44,8 @@ COPY_JOB = np.dtype([(name, RANGE) for name in ("from", "to", "label")]
 
 def run(call: LinearCall, device: Device) -> tuple[Any, tuple[Any, Any, Any]]:
     """Compute `call`: the loss, and the gradients or None."""
+    if call.inputs.dtype != FLOAT64 and _cuda.is_beyond_float32(call.loss, device):
+        return _in_float64(call, device)
     loss, n_rows = call.loss, math.prod(call.loss.logits.shape[:-1])
     grads = d_inputs, d_weight, d_bias = tuple(_outputs(call, device))
     value = device.empty((n_rows,), _scalar(loss))
@@ -64,8 +68,22 @@ def run(call: LinearCall, device: Device) -> tuple[Any, tuple[Any, Any, Any]]:
     return _cuda.sum_of_losses(device, loss, value, denominator), grads
 
 
+def _in_float64(call: LinearCall, device: Device) -> tuple[Any, tuple[Any, Any, Any]]:
+    """A call with options that float32 does not hold, on copies of all its arrays: nobody waits for that."""
+    logits = SimpleNamespace(shape=call.loss.logits.shape, ndim=call.loss.logits.ndim, dtype=FLOAT64)
+    own = call.inputs, call.weight, call.bias
+    inputs, weight, bias = (None if x is None else _cuda.cast(device, x, FLOAT64) for x in own)
+    wide = LinearCall(call.loss._replace(logits=logits), inputs, weight, bias, call.chunk_rows, (None, None, None))
+    loss, wide_grads = run(wide, device)
+    grads = tuple(_outputs(call, device))
+    for x, out in zip(wide_grads, grads, strict=True):
+        if out is not None:
+            _cuda.convert(device, x, out)
+    return _cuda.cast(device, loss, FLOAT32), grads
+
+
 def _scalar(loss: Call) -> np.dtype[Any]:
-    return np.dtype("float64" if loss.logits.dtype == np.float64 else "float32")
+    return FLOAT64 if loss.logits.dtype == FLOAT64 else FLOAT32
 
 
 def _outputs(call: LinearCall, device: Device) -> Iterator[Any]:
@@ -299,7 +317,7 @@ def _copy(
     label = None
     if ignored is not None:
         label = ignored.label.at(start)
-        job["label_kind"], job["ignore_index"] = _cuda.label_kind(label.array.dtype), ignored.ignore_index
+        job["label_kind"], job["ignore_index"] = LABEL_KINDS[label.array.dtype], ignored.ignore_index
     for name, rows in (("from", source), ("to", target), ("label", label)):
         if rows is not None:
             job[name]["data"], job[name]["columns"], job[name]["first"] = rows.data, rows.columns, rows.first

@@ -15,10 +15,9 @@ except ImportError as missing:
     ) from missing
 
 from xce._backends import _cuda, _cuda_linear
-from xce._backends._scan import scan_labels, scan_values
 from xce._call import LinearCall
 
-__all__ = ["run", "run_linear", "scan_labels", "scan_values", "view", "wrap"]
+__all__ = ["from_numpy", "run", "run_linear", "scan_labels", "scan_values", "to_numpy", "view", "wrap"]
 
 # The same bits as on a CPU as far as they go: nothing is contracted. CuPy adds -ftz=true, so subnormals are 0.
 _OPTIONS = ("-std=c++20", "-DXCE_CUDA", "--fmad=false")
@@ -35,11 +34,12 @@ class _Device:
     sum_threads = 256
 
     def __init__(self, number: int) -> None:
-        attributes = cupy.cuda.Device(number).attributes
-        self.shared_bytes = min(_SHARED_BYTES, attributes["MaxSharedMemoryPerBlockOptin"] - 2048)
-        self.has_clusters = attributes["ComputeCapabilityMajor"] >= 9
-        self.processors = attributes["MultiProcessorCount"]
-        self.memory_bytes = cupy.cuda.Device(number).mem_info[1]
+        device = cupy.cuda.Device(number)
+        self.memory_bytes = device.mem_info[1]
+        self.shared_bytes = min(_SHARED_BYTES, device.attributes["MaxSharedMemoryPerBlockOptin"] - 2048)
+        self.has_clusters = int(device.compute_capability[:-1]) >= 9  # "90"; the attributes do not have it
+        self.processors = device.attributes["MultiProcessorCount"]
+        self._number = number
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         return cupy.empty(shape, dtype)
@@ -47,11 +47,8 @@ class _Device:
     def pointer(self, x: Any) -> int:
         return int(x.data.ptr)
 
-    def sum(self, x: Any) -> Any:
-        return cupy.sum(x, dtype=np.float64, keepdims=True)
-
-    def mean(self, x: Any, axis: int) -> Any:
-        return cupy.mean(x, axis, dtype=np.float64).astype(x.dtype)
+    def to_numpy(self, x: Any) -> Any:
+        return cupy.asnumpy(x)
 
     def gemm(self, product: _cuda.Product) -> None:
         p, compute = product, np.float64 if product.out_dtype == np.float64 else np.float32
@@ -72,10 +69,8 @@ class _Device:
     def launch(
         self, module: _cuda.Module, kernel: str, grid: int, block: tuple[int, int], shared: int, job: Any
     ) -> None:
-        function = _module(module).get_function(kernel)
-        if shared > 48 << 10:
-            function.max_dynamic_shared_size_bytes = shared
-        function((grid,), block, (job,), shared_mem=shared)
+        # an array of one entry is passed by value
+        _function(module, kernel, self._number)((grid,), block, (job,), shared_mem=shared)
 
 
 def _blas_type(dtype: Any) -> int:
@@ -89,11 +84,19 @@ def _device(number: int) -> _Device:
     return _Device(number)
 
 
+def _current() -> _Device:
+    return _device(cupy.cuda.Device().id)
+
+
 @cache
-def _module(module: _cuda.Module) -> Any:
+def _function(module: _cuda.Module, kernel: str, number: int) -> Any:
+    """A kernel, compiled for the current device, whose number this is."""
     definitions = (f"-D{name}={value}" for name, value in module.definitions)
     options = (*_OPTIONS, f"-DXCE_STORAGE_{module.storage}", *definitions)
-    return cupy.RawModule(code=_cuda.text(*module.files), options=options)
+    function = cupy.RawModule(code=_cuda.text(*module.files), options=options).get_function(kernel)
+    if "XCE_GROUP" in dict(module.definitions):  # more than 48 KiB must be asked for, once, not by every launch
+        function.max_dynamic_shared_size_bytes = _device(number).shared_bytes
+    return function
 
 
 def view(x: Any, name: str) -> Any:
@@ -115,11 +118,31 @@ def wrap(result: Any) -> Any:
     return result
 
 
+def to_numpy(x: Any) -> Any:
+    """Return a copy of `x` on the host."""
+    return cupy.asnumpy(x)
+
+
+def from_numpy(x: Any, like: Any) -> Any:
+    """Return a copy of `x` on the current device, where `like` is."""
+    return cupy.asarray(x, blocking=True)
+
+
+def scan_labels(target: Any, n_classes: int, ignore_index: int) -> int:
+    """Return the flat C-order index of the first label outside 0..n_classes-1 that is not ignored, or -1."""
+    return _cuda.scan_labels(target, n_classes, ignore_index, _current())
+
+
+def scan_values(values: Any, low: float, high: float | None) -> int:
+    """Return the flat C-order index of the first entry outside low..high (None: infinite), or NaN; or -1."""
+    return _cuda.scan_values(values, low, high, _current())
+
+
 def run(call: Any) -> Any:
     """Compute a `Call` or an `ElementCall`."""
-    return _cuda.run(call, _device(cupy.cuda.Device().id))
+    return _cuda.run(call, _current())
 
 
 def run_linear(call: LinearCall) -> Any:
     """Compute `call`."""
-    return _cuda_linear.run(call, _device(cupy.cuda.Device().id))
+    return _cuda_linear.run(call, _current())
