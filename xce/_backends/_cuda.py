@@ -449,7 +449,7 @@ def _final_sum(
     for name, a in pointers.items():
         job[name] = 0 if a is None else device.pointer(a)
     job["n_partials"], job["factor"] = partials.size, factor
-    device.launch(_sums(logits), "final_sum", 1, (1, 1), 0, job)
+    device.launch(_sums(logits), "final_sum", 1, (device.sum_threads, 1), 0, job)
 
 
 def _sums(logits: Any) -> Module:
