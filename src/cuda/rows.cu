@@ -247,6 +247,10 @@ struct row_outputs {
 /* The derivatives of one entry by the raw logit x. */
 template <bool FULL> XCE_FN void derivatives(const row_job &j, const row_view &v, const row_outputs &r, int64_t c, scalar x, scalar *g, scalar *h)
 {
+    if (v.where && !v.where[c * j.where.classes]) { /* whatever the row holds, also if it is its top or its label */
+        *g = *h = 0;
+        return;
+    }
     scalar e = r_exp_relative(x, r.state.ref), p = e * r.state.inverse;
     if (WHAT(j) == LOG_SOFTMAX) {
         *g = (x - r.state.max) - r.state.log_z;
@@ -283,8 +287,6 @@ template <bool FULL> XCE_FN void derivatives(const row_job &j, const row_view &v
         logit_transform t = {(scalar)j.softcap, (scalar)j.temperature};
         transform_derivatives(t, s_load(*(const storage *)(v.x + c * j.x.classes)), g, h);
     }
-    if (v.where && !v.where[c * j.where.classes])
-        *g = *h = 0;
 }
 
 /* ---- the row ---------------------------------------------------------------------------------------------------------------- */
