@@ -27,6 +27,17 @@ template <class Job> XCE_FN int64_t place_of(const Job &j, const numbers &a, int
     return place + flat * a.strides[0];
 }
 
+/* Entries that do not lie in a chunk, one by one: called, as eight copies of each would take seconds to compile. */
+template <class T> XCE_PART T read_one(const element_job &j, const numbers &a, int64_t flat)
+{
+    return read_number<T>(a.data + place_of(j, a, flat), (int)a.kind);
+}
+
+XCE_PART void write_one(const element_job &j, const numbers &a, int64_t flat, scalar x)
+{
+    *(storage *)(a.data + place_of(j, a, flat)) = s_store(x);
+}
+
 XCE_FN bool in_chunk(const element_job &j, const numbers &a, int64_t flat)
 {
     return a.adjacent && a.kind == 0 && flat + VEC <= j.n && (uint64_t)(a.data + flat * (int64_t)sizeof(storage)) % 16 == 0;
@@ -40,7 +51,7 @@ template <class T> XCE_FN void read_numbers(const element_job &j, const numbers 
             out[i] = s_load(raw.at[i]);
     } else
         for (int i = 0; i < VEC; i++)
-            out[i] = a.data && flat + i < j.n ? read_number<T>(a.data + place_of(j, a, flat + i), (int)a.kind) : missing;
+            out[i] = a.data && flat + i < j.n ? read_one<T>(j, a, flat + i) : missing;
 }
 
 XCE_FN void write_numbers(const element_job &j, const numbers &a, int64_t flat, const scalar *in)
@@ -52,14 +63,14 @@ XCE_FN void write_numbers(const element_job &j, const numbers &a, int64_t flat, 
         *(chunk *)(a.data + flat * (int64_t)sizeof(storage)) = raw;
     } else
         for (int i = 0; i < VEC && flat + i < j.n; i++)
-            *(storage *)(a.data + place_of(j, a, flat + i)) = s_store(in[i]);
+            write_one(j, a, flat + i, in[i]);
 }
 
 #if defined(XCE_FORMULA)
 #define XCE_ELEMENT XCE_PASTE(element_, XCE_FORMULA)
 
 /* Weights are multiplied in double: they may be, and so may their sum, what a float does not hold. */
-XCE_KERNEL(1) elements(element_job j)
+XCE_KERNEL(1) elements(const __grid_constant__ element_job j)
 {
     const bool has_weights = j.weight.data || j.sample.data;
     double denominator = j.denominator ? *j.denominator : 1;
@@ -69,22 +80,23 @@ XCE_KERNEL(1) elements(element_job j)
     double sum = 0;
     for (int64_t flat = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC; flat < j.n; flat += step) {
         scalar x[VEC], y[VEC], w[VEC], g[VEC], h[VEC];
-        double weight[VEC], sample[VEC];
+        double factor[VEC], sample[VEC];
         read_numbers<scalar>(j, j.x, flat, 0, x);
         read_numbers<scalar>(j, j.y, flat, 0, y);
         read_numbers<scalar>(j, j.pos_weight, flat, 1, w);
         if (has_weights) {
-            read_numbers<double>(j, j.weight, flat, 1, weight);
+            read_numbers<double>(j, j.weight, flat, 1, factor);
             read_numbers<double>(j, j.sample, flat, 1, sample);
+            for (int i = 0; i < VEC; i++)
+                factor[i] *= sample[i];
         }
         for (int i = 0; i < VEC; i++) {
             jet f = XCE_ELEMENT(x[i], y[i], w[i], with);
             double value = f.value;
             scalar slope = (scalar)scale;
             if (has_weights) {
-                double factor = weight[i] * sample[i];
-                value *= factor, slope = (scalar)(factor * scale);
-                if (factor == 0) /* whatever the element holds */
+                value *= factor[i], slope = (scalar)(factor[i] * scale);
+                if (factor[i] == 0) /* whatever the element holds */
                     value = f.d1 = f.d2 = 0;
             }
             x[i] = (scalar)value;
