@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from xce._backends import _cuda
+from xce._backends import _cuda, _cuda_linear
 
 nvrtc = pytest.importorskip("cupy", reason="needs CuPy, to compile the kernels of CUDA").cuda.nvrtc
 
@@ -26,13 +26,13 @@ EVERY = os.environ.get("XCE_EVERY_ARCHITECTURE") == "1"
 REGISTERS = 65536  # of a multiprocessor, of all these
 CASES = [
     pytest.param(module, kernel, arch, id="-".join([f"sm_{arch}", module.storage, *(v for _, v in module.definitions)]))
-    for number, (module, kernel) in enumerate(_cuda.modules())
+    for number, (module, kernel) in enumerate((*_cuda.modules(), *_cuda_linear.modules()))
     for arch in (ARCHITECTURES if EVERY else ARCHITECTURES[number % 4 : number % 4 + 1])
 ]
 
 # Threads that must fit on a multiprocessor, so that some wait for memory while others compute: rows of each level of
 # rows.cu, whose bounds (XCE_RESIDENT) the compiler keeps unless it spills; in float64 numbers take two registers.
-RESIDENT = {"0": 768, "1": 512, "2": 256, "elements": 512, "sums": 1024}
+RESIDENT = {"0": 768, "1": 512, "2": 256, "elements": 512, "others": 512}
 
 
 class Report(NamedTuple):
@@ -94,7 +94,7 @@ def resident(module: _cuda.Module) -> int:
     """How many threads of a module must fit on a multiprocessor."""
     definitions = dict(module.definitions)
     if "XCE_GROUP" not in definitions:
-        return RESIDENT["elements" if "XCE_FORMULA" in definitions else "sums"]
+        return RESIDENT["elements" if "XCE_FORMULA" in definitions else "others"]
     threads = RESIDENT[definitions.get("XCE_LEVEL", "2")]
     return min(threads, 512) if module.storage == "float64" or definitions["XCE_WHAT"] == "4" else threads
 

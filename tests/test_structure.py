@@ -126,6 +126,12 @@ def test_one_file_knows_one_processor_from_another() -> None:
         assert not re.findall(r"XCE_CUDA|__CUDA_ARCH__|__CUDACC__|__x86_64__|__aarch64__", source_of(name)), name
 
 
+def test_every_file_of_cuda_is_installed() -> None:
+    installed = (ROOT / "meson.build").read_text(encoding="utf-8")
+    for file in (ROOT / "src/cuda").glob("*"):
+        assert f"'src/cuda/{file.name}'" in installed
+
+
 def source_of(name: str) -> str:
     return (ROOT / "src" / name).read_text(encoding="utf-8")
 

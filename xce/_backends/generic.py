@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from xce import _reference
 from xce._backends._scan import scan_labels, scan_values
 from xce._call import Call, LinearCall
 
-__all__ = ["run", "run_linear", "scan_labels", "scan_values", "view", "wrap"]
+__all__ = ["run", "run_linear", "scan_labels", "scan_values", "to_numpy", "view", "wrap"]
 
 
 def view(x: Any, name: str) -> Any:
     """Return `x`: the reference computes on the caller's own arrays."""
     return x
+
+
+def to_numpy(x: Any) -> Any:
+    """Return `x` as an array of NumPy."""
+    return np.asarray(x)
 
 
 def wrap(result: Any) -> Any:
