@@ -14,6 +14,7 @@ from cases import CASE_OF, problem
 from checks import LAYOUTS, call, called_by, check_loss, check_maps, check_stats, dtype_of, misaligned
 
 import xce
+from xce import _check
 from xce._backends import _cuda
 
 elsewhere = on_gpu.Elsewhere(on_gpu.Host())
@@ -214,8 +215,16 @@ def mirror() -> Iterator[on_gpu.Elsewhere]:
         def pointer(self, x: Any) -> int:
             return int(x.data.ptr)
 
+    def memory(x: Any) -> np.ndarray:
+        """As `_check._memory`, whose way through the current stream needs a driver."""
+        if isinstance(x, np.ndarray):
+            return x
+        about = {"shape": x.shape, "strides": x.strides, "typestr": f"|V{x.itemsize}", "data": (x.data.ptr, False)}
+        return np.asarray(mock.Mock(__array_interface__={"version": 3, **about}, spec=["__array_interface__"]))
+
     with (
         cupy.cuda.using_allocator(allocate),
+        mock.patch.object(_check, "_memory", memory),
         mock.patch.object(cupy.cuda, "Device", return_value=mock.Mock(id=0)),
         mock.patch.object(backend, "_device", return_value=Device()),
         mock.patch.multiple(
