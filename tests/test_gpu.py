@@ -573,9 +573,9 @@ def test_arrays_on_two_devices() -> None:
     x, y = on_device(*problem({}, dtype=np.float32)[:2])
     with cupy.cuda.Device(1):
         elsewhere = cupy.asarray(y.get())
-        with pytest.raises(ValueError, match="is on GPU 0 but the current device is 1"):
+        with pytest.raises(ValueError, match="is on GPU"):
             xce.cross_entropy(x, elsewhere)
-    with pytest.raises(ValueError, match="target is on GPU 1 but the current device is 0"):
+    with pytest.raises(ValueError, match="target is on GPU 1"):
         xce.cross_entropy(x, elsewhere)
 
 

@@ -226,6 +226,7 @@ def mirror() -> Iterator[on_gpu.Elsewhere]:
         cupy.cuda.using_allocator(allocate),
         mock.patch.object(_check, "_memory", memory),
         mock.patch.object(cupy.cuda, "Device", return_value=mock.Mock(id=0)),
+        mock.patch.object(cupy.cuda.runtime, "getDevice", return_value=0),
         mock.patch.object(backend, "_device", return_value=Device()),
         mock.patch.multiple(
             _cuda, _REGIMES=((64, _cuda.Regime(8, 1, 16)),), _CLUSTERS=((1e9, _cuda.Regime(64, 2, 64)),)
