@@ -218,7 +218,7 @@ def test_conversions_are_those_of_numpy(source: str, kind: str, rng: np.random.G
         expected = x.astype(np.float32).astype(dtype_of(kind)) if kind == "bfloat16" else x.astype(kind)
     for place in PLACES:
         out = place(np.zeros(x.shape, dtype_of(kind)))
-        same_bits(_cuda._convert(emulated.DEVICE, place(x), out), expected)
+        same_bits(_cuda.convert(emulated.DEVICE, place(x), out), expected)
 
 
 def test_weights_of_elements_beyond_float32() -> None:
