@@ -17,7 +17,7 @@ import numpy as np
 from xce._backends import _cuda
 from xce._backends._scan import scan_labels, scan_values
 
-__all__ = ["run", "scan_labels", "scan_values", "view", "wrap"]
+__all__ = ["place", "run", "scan_labels", "scan_values", "view", "wrap"]
 
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 FLAGS = ["-std=c++20", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-mfma", "-fno-strict-aliasing", "-w"]
@@ -100,6 +100,10 @@ class Emulated:
 
 
 DEVICE = Emulated()
+
+
+def place(x: Any) -> None:
+    pass
 
 
 def view(x: Any, name: str) -> Any:

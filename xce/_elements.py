@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from xce import _check as check
 from xce._check import REDUCTIONS, Array
-from xce._dispatch import view
+from xce._dispatch import placed, view
 
 __all__ = ["ElementCall", "normalise_elements"]
 
@@ -36,6 +36,7 @@ class ElementCall(NamedTuple):
     n_threads: int | None
 
 
+@placed(3)
 def normalise_elements(
     owner: ModuleType,
     formula: str,

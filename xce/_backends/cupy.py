@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, NoReturn
 
 import numpy as np
 
 try:
-    import cupy
+    import cupy as cupy
 except ImportError as missing:
     raise ImportError(
-        "arrays of CuPy are computed on by CuPy, which is missing: pip install 'xce[cuda13]'"
+        "arrays on a GPU are computed on by CuPy, which is missing: pip install 'xce[cuda13]'"
     ) from missing
 
 from xce._backends import _cuda
 from xce._backends._scan import scan_labels, scan_values
 from xce._call import LinearCall
 
-__all__ = ["run", "run_linear", "scan_labels", "scan_values", "view", "wrap"]
+__all__ = ["place", "run", "run_linear", "scan_labels", "scan_values", "view", "wrap"]
 
 # The same bits as on a CPU as far as they go: nothing is contracted. CuPy adds -ftz=true, so subnormals are 0.
 _OPTIONS = ("-std=c++20", "-DXCE_CUDA", "--fmad=false")
@@ -70,17 +71,22 @@ def _module(module: _cuda.Module) -> Any:
     return cupy.RawModule(code=_cuda.text(*module.files), options=options)
 
 
+def place(x: Any) -> AbstractContextManager[Any] | None:
+    """Return the context of the device of `x`, or None if it is the current one."""
+    return place_of(x.device.id)
+
+
+def place_of(number: int) -> AbstractContextManager[Any] | None:
+    """Return the context of a device, or None if it is the current one."""
+    return None if number == cupy.cuda.runtime.getDevice() else cupy.cuda.Device(number)
+
+
 def view(x: Any, name: str) -> Any:
-    """Return `x`, which must lie on the current device."""
+    """Return `x`."""
     try:
-        current = cupy.cuda.Device().id
+        cupy.cuda.runtime.getDevice()
     except cupy.cuda.runtime.CUDARuntimeError as error:
         raise ImportError(f"{name} is an array of CuPy, which finds no GPU: is the driver installed?") from error
-    if x.device.id != current:
-        raise ValueError(
-            f"{name} is on GPU {x.device.id} but the current device is {current}: all arrays of a call must be on one, "
-            f"with cupy.cuda.Device({x.device.id}): ..."
-        )
     return x
 
 
@@ -91,7 +97,8 @@ def wrap(result: Any) -> Any:
 
 def run(call: Any) -> Any:
     """Compute a `Call` or an `ElementCall`."""
-    return _cuda.run(call, _device(cupy.cuda.Device().id))
+    with place(call.logits) or nullcontext():
+        return _cuda.run(call, _device(call.logits.device.id))
 
 
 def run_linear(call: LinearCall) -> NoReturn:

@@ -13,7 +13,7 @@ from xce._backends import _scan
 from xce._call import Call, LinearCall, LogitStats, dtype_name
 from xce._elements import ElementCall
 
-__all__ = ["run", "run_linear", "scan_labels", "scan_values", "view", "wrap"]
+__all__ = ["place", "run", "run_linear", "scan_labels", "scan_values", "view", "wrap"]
 
 # what `run` of the kernels is to compute
 _LOSS, _SOFTMAX, _LOG_SOFTMAX, _LOGSUMEXP, _STATS, _STATE, _NLL = range(7)
@@ -32,6 +32,10 @@ _PORTION = 1 << 24  # labels between two looks for Ctrl-C
 _PLAIN = (0.0, 1.0, None, 0.0)  # the real options of a `Call`, if nothing is asked for
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 _KERNELS: dict[np.dtype[Any], tuple[ModuleType, np.dtype[Any]]] = {}
+
+
+def place(x: Any) -> None:
+    """Return None: no device needs to be entered."""
 
 
 def view(x: Any, name: str) -> Any:
