@@ -147,7 +147,7 @@ def _value_dtype(loss: _Loss, tensors: _Tensors) -> torch.dtype | None:
     for name, x in tensors.items():
         if x is None and name in _OPTIONAL:
             continue
-        if type(x) not in (Tensor, nn.Parameter) or not (x.is_cpu or _is_on_cuda(x)):
+        if type(x) not in (Tensor, nn.Parameter) or not _has_kernels(x):
             return None
         devices.add(x.device)
         if x.requires_grad and name not in loss.by and torch.is_grad_enabled():
@@ -163,9 +163,9 @@ def _value_dtype(loss: _Loss, tensors: _Tensors) -> torch.dtype | None:
     return dtypes.pop() if len(dtypes) == 1 else None  # of several, PyTorch promotes or refuses
 
 
-def _is_on_cuda(x: Tensor) -> bool:
-    """Whether a tensor is on a CUDA device, where CuPy is needed."""
-    return backend.is_on_cuda(x) and _has_cupy()
+def _has_kernels(x: Tensor) -> bool:
+    """Whether there are kernels for the device of a tensor."""
+    return _has_cupy() if backend.is_on_cuda(x) else x.is_cpu
 
 
 @cache

@@ -57,15 +57,16 @@ def wrap(result: Any) -> Any:
 class _Memory(cupy.cuda.UnownedMemory):  # type: ignore[misc]
     """Memory of a tensor, for CuPy."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        super().__init__(tensor.data_ptr(), tensor.numel(), tensor, tensor.get_device())
-        self.tensor = tensor
+    tensor: torch.Tensor  # of bytes
 
 
 def _allocate(size: int) -> Any:
     """The allocator of CuPy that asks PyTorch, on the current device and stream."""
-    tensor = torch.empty(size, dtype=torch.uint8, device=_torch_device(cupy.cuda.runtime.getDevice()))
-    return cupy.cuda.MemoryPointer(_Memory(tensor), 0)
+    device = cupy.cuda.runtime.getDevice()
+    tensor = torch.empty(size, dtype=torch.uint8, device=_torch_device(device))
+    memory = _Memory(tensor.data_ptr(), size, tensor, device)
+    memory.tensor = tensor
+    return cupy.cuda.MemoryPointer(memory, 0)
 
 
 @contextmanager
