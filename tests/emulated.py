@@ -33,7 +33,13 @@ extern "C" void launch_{kernel}(const void *job, unsigned grid, unsigned x, unsi
 }}
 extern "C" size_t size_{kernel}() {{ return sizeof({type}); }}
 """
-JOBS = {"rows": "row_job", "partial_sums": "sum_job", "final_sum": "sum_job", "elements": "element_job"}
+JOBS = {
+    "rows": "row_job",
+    "partial_sums": "sum_job",
+    "final_sum": "sum_job",
+    "elements": "element_job",
+    "scale": "scale_job",
+}
 
 
 @cache
@@ -44,6 +50,8 @@ def library(module: _cuda.Module) -> ctypes.CDLL:
     kernels = ["partial_sums", "final_sum"] if "XCE_SUMS" in definitions else ["rows"]
     if "XCE_FORMULA" in definitions:
         kernels = ["elements"]
+    elif "XCE_SCALE" in definitions:
+        kernels = ["scale"]
     code = f'#define XCE_STORAGE_{module.storage}\n#include "{Path(__file__).parent / "emulation.h"}"\n'
     code += _cuda.text(*module.files)
     code += "".join(ENTRY.format(kernel=kernel, type=JOBS[kernel]) for kernel in kernels)

@@ -318,6 +318,22 @@ def test_nobody_looks_at_the_data(torch: Any, gpu: Any, monkeypatch: pytest.Monk
     xce.torch.CrossEntropyLoss()(x, torch.tensor([0, 1, 2])).backward()  # the loss as the root: nobody asks for its 1
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+def test_gradients_times_a_number(torch: Any, gpu: Any, dtype: str) -> None:
+    from xce._backends import torch as backend
+
+    for n in (0, 1, 7, 8, 9, 1000, 5000):  # more than the threads of the device
+        x = torch.randn(n, dtype=getattr(torch, dtype))
+        for factor in (1.0, 0.3, float("nan")):
+            own = x.clone()
+            assert backend.scaled(own, torch.tensor(factor, dtype=x.dtype)) is own
+            torch.testing.assert_close(own, x * torch.tensor(factor, dtype=x.dtype), rtol=0, atol=0, equal_nan=True)
+    gpu.runs.clear()
+    shifted = torch.ones(9)[1:]  # PyTorch's work
+    assert backend.scaled(shifted, torch.tensor(2.0)).tolist() == [2.0] * 8
+    assert not gpu.runs
+
+
 def test_second_derivatives(torch: Any, rng: np.random.Generator) -> None:
     import xce.torch
 

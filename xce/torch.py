@@ -41,6 +41,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F  # noqa: N812
 from torch.nn._reduction import legacy_get_string
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 import xce
 from xce._backends import torch as backend
@@ -184,9 +186,14 @@ def _is_followed() -> bool:
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._is_torch_function_mode_enabled()
+        or (torch._C._is_torch_function_mode_enabled() and _has_modes())
         or forward_ad._current_level >= 0
     )
+
+
+def _has_modes() -> bool:
+    """Whether there are modes other than that of `torch.set_default_device`, which is about new tensors only."""
+    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())  # type: ignore[no-untyped-call]
 
 
 def _by_xce(loss: _Loss, tensors: _Tensors, options: dict[str, Any], dtype: torch.dtype) -> Tensor:
@@ -291,8 +298,12 @@ def _product(vector: Tensor, gradient: Tensor) -> Tensor:
     if torch.is_grad_enabled() or keeps_graph or is_batched or _is_followed():
         return vector * gradient
     gradient = gradient.detach()
-    if vector.ndim == 0 and not backend.is_on_cuda(vector) and vector.item() == 1:  # the loss is the root of the graph
-        return gradient
+    if vector.ndim == 0:  # mostly 1: the loss is the root of the graph
+        if backend.is_on_cuda(vector):
+            product: Tensor = backend.scaled(gradient, vector.detach())
+            return product
+        if vector.item() == 1:
+            return gradient
     return gradient.mul_(vector)
 
 

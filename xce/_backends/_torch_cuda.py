@@ -9,17 +9,18 @@ to whenever it is replayed. Moreover results are tensors like any other, `record
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.dlpack import from_dlpack
 
+from xce._backends import cupy as backend
 from xce._backends.cupy import cupy
 from xce._check import dtype_name
 
-__all__ = ["place", "view", "wrap"]
+__all__ = ["place", "scaled", "view", "wrap"]
 
 
 def place(device: int) -> AbstractContextManager[None] | None:
@@ -52,6 +53,15 @@ def wrap(result: Any) -> Any:
     tensor = torch.empty(0, dtype=dtype, device=memory.tensor.device)
     start, strides = (result.data.ptr - memory.ptr) // size, [stride // size for stride in result.strides]
     return tensor.set_(memory.tensor.untyped_storage(), start, result.shape, strides)
+
+
+def scaled(x: Any, factor: Any) -> Any:
+    """Return a tensor times a tensor of one number, in the memory of `x`, which is not touched if that number is 1."""
+    if not x.is_contiguous() or x.data_ptr() % 16:
+        return x.mul_(factor)
+    with place(x.get_device()) or nullcontext():
+        backend.scale(view(x), view(factor.double()))
+    return x
 
 
 class _Memory(cupy.cuda.UnownedMemory):  # type: ignore[misc]

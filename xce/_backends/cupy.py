@@ -15,7 +15,7 @@ except ImportError as missing:
         "arrays on a GPU are computed on by CuPy, which is missing: pip install 'xce[cuda13]'"
     ) from missing
 
-from xce._backends import _cuda
+from xce._backends import _cuda, _cuda_scale
 from xce._backends._scan import scan_labels, scan_values
 from xce._call import LinearCall
 
@@ -99,6 +99,11 @@ def run(call: Any) -> Any:
     """Compute a `Call` or an `ElementCall`."""
     with place(call.logits) or nullcontext():
         return _cuda.run(call, _device(call.logits.device.id))
+
+
+def scale(x: Any, factor: Any) -> None:
+    """Multiply an array, in C order and aligned to 16 bytes, by an array of one float64, in place."""
+    _cuda_scale.scale(x, factor, _device(x.device.id))
 
 
 def run_linear(call: LinearCall) -> NoReturn:
