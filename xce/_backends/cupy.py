@@ -12,7 +12,7 @@ try:
     import cupy as cupy
 except ImportError as missing:
     raise ImportError(
-        "arrays on a GPU are computed on by CuPy, which is missing: pip install 'xce[cuda13]'"
+        "computing on a GPU takes the arrays of CuPy, which is missing: pip install 'xce[cuda13]'"
     ) from missing
 
 from xce._backends import _cuda, _cuda_scale
