@@ -40,8 +40,8 @@ class State:
 
 
 class Device:
-    def __init__(self, number: int) -> None:
-        self.id = number
+    def __init__(self, number: int | None = None) -> None:
+        self.id = state.device if number is None else number
         self.before: list[int] = []
 
     def __enter__(self) -> None:
@@ -189,10 +189,10 @@ def device_of(address: int) -> int:
 places: list[tuple[int, int, int]] = []  # memory of other devices than 0: start, stop, device
 
 
-def asarray(x: Any, device: int = 0) -> ndarray:
-    """An array on a device."""
+def asarray(x: Any, device: int | None = None, blocking: bool = False) -> ndarray:
+    """A copy on a device, or on the current one."""
     own = np.array(x)
-    memory = UnownedMemory(own.ctypes.data, own.nbytes, own, device)
+    memory = UnownedMemory(own.ctypes.data, own.nbytes, own, state.device if device is None else device)
     return at(MemoryPointer(memory, 0), own.shape, own.dtype)
 
 
@@ -227,7 +227,9 @@ def module() -> ModuleType:
         get_current_stream=lambda: Stream(state.stream()),
     )  # fmt: skip
     cupy = ModuleType("cupy")
-    cupy.__dict__.update(cuda=cuda, ndarray=ndarray, from_dlpack=from_dlpack, empty=empty, asarray=asarray)
+    cupy.__dict__.update(
+        cuda=cuda, ndarray=ndarray, from_dlpack=from_dlpack, empty=empty, asarray=asarray, asnumpy=np.array
+    )
     return cupy
 
 
