@@ -374,7 +374,7 @@ def test_training(torch: Any, gpu: Any) -> None:
 
 
 @pytest.fixture
-def jax(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+def jax(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """JAX, whose CPU arrays are on the GPU."""
     jax = pytest.importorskip("jax")
     from xce._backends import jax as backend
@@ -382,7 +382,8 @@ def jax(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     is_on_cpu = backend._is_on_cpu
     monkeypatch.setattr(backend, "_is_on_cpu", lambda x: is_on_cpu(x) and False)
     monkeypatch.setattr(backend, "_CUDA", 1)
-    return jax
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield jax
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -539,7 +540,7 @@ def test_arrays_of_jax_on_two_devices() -> None:
 @pytest.fixture
 def cuda() -> Any:
     """PyTorch with a CUDA device, and CuPy."""
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs PyTorch, for a CUDA device")
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device, and PyTorch built for it")
     pytest.importorskip("cupy", reason="needs CuPy, for a CUDA device")
@@ -729,7 +730,7 @@ def test_the_state_of_cupy_is_left_alone(cuda: Any) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_jax_on_cuda(dtype: str, rng: np.random.Generator) -> None:
-    jax = pytest.importorskip("jax")
+    jax = pytest.importorskip("jax", reason="needs JAX, for a CUDA device")
     pytest.importorskip("cupy", reason="needs CuPy, for a CUDA device")
     try:
         (device, *_) = jax.devices("cuda")

@@ -18,6 +18,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any, TypeVar
 
+from numpy import ndarray
+
 # Top-level package of an array's type (or of one of its bases) -> module in xce._backends.
 _BACKENDS = {"numpy": "numpy", "torch": "torch", "jax": "jax", "jaxlib": "jax", "cupy": "cupy"}
 
@@ -67,7 +69,8 @@ def placed(position: int) -> Callable[[F], F]:
     def decorate(function: F) -> F:
         @wraps(function)
         def placed(owner: ModuleType, *args: Any, **options: Any) -> Any:
-            place = owner.place(args[position - 1])
+            x = args[position - 1]
+            place = None if type(x) is ndarray else owner.place(x)
             if place is None:
                 return function(owner, *args, **options)
             with place:
