@@ -49,11 +49,12 @@ def view(owner: ModuleType, first: Any, x: Any, name: str, first_name: str) -> A
             f"{first_name} is a {type_name(first)} but {name} is a {type_name(x)}: all arrays of a "
             "call must come from one library"
         )
-    here, there = _device(first), _device(x)
-    if not (here is None or there is None or here == there):
-        raise ValueError(
-            f"{first_name} is on {here} but {name} is on {there}: all arrays of a call must be on one device"
-        )
+    if type(first) is not ndarray:
+        here, there = _device(first), _device(x)
+        if not (here is None or there is None or here == there):
+            raise ValueError(
+                f"{first_name} is on {here} but {name} is on {there}: all arrays of a call must be on one device"
+            )
     return owner.view(x, name)
 
 
