@@ -173,7 +173,8 @@ def _has_kernels(x: Tensor) -> bool:
 @cache
 def _has_cupy() -> bool:
     try:
-        import_module("xce._backends.cupy")
+        for name in ("xce._backends.cupy", "ml_dtypes"):
+            import_module(name)
     except ImportError:
         return False
     return True

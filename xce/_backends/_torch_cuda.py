@@ -46,7 +46,9 @@ def wrap(result: Any) -> Any:
     """Return `result`, computed on the current stream, as a tensor that shares its memory."""
     dtype = getattr(torch, dtype_name(result.dtype))
     memory = result.data.mem
-    if not isinstance(memory, _Memory):  # a tensor of the caller's, who has waited for it; the stream is the same
+    if not isinstance(
+        memory, _Memory
+    ):  # a buffer of the caller's; who goes on does so on this stream, and need not wait
         result = result.view(np.int16) if dtype == torch.bfloat16 else result
         return from_dlpack(result.__dlpack__(stream=-1)).view(dtype)
     size = result.dtype.itemsize
