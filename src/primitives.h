@@ -45,12 +45,17 @@ XCE_TABLE scalar LOG_TAIL[] = {
 #define XCE_LN2_HIGH 0x1.62ep-1f
 #define XCE_LN2_LOW 0.000031946184945309417232f
 #define XCE_LOG2E 1.4426950408889634074f
+#define XCE_LOG2E_LOW 1.9259629911266174e-8f /* what it lacks */
 #define XCE_MAGIC 0x1.8p23f
 #define XCE_BIAS 127
 #define XCE_MANTISSA 23
 #define XCE_SMALLEST 0x1p-126f
 #define XCE_TWO_TO_MANTISSA 0x1p23f
+#if defined(XCE_CUDA) && defined(XCE_SHORT) /* a difference of 16-bit numbers has no low bits to lose */
+#define XCE_SHIFT_FROM 0.0f
+#else
 #define XCE_SHIFT_FROM 256.0f
+#endif
 #define XCE_EXP_DEGREE 4
 XCE_TABLE scalar EXP_TAIL[] = {
     0.49999993333493562724f, 0.16666518938611104423f, 0.041668407972857895843f, 0.0083689217933171346901f,
@@ -108,8 +113,18 @@ XCE_FN real r_exp_relative_tail(real x, exp_reference ref, real *low) /* what th
 
 XCE_FN real r_exp_relative(real x, exp_reference ref)
 {
+#if defined(XCE_CUDA) && !defined(XCE_STORAGE_float64) /* where an instruction has 2^r for small r */
+#if defined(XCE_SHORT)
+    return exp2_unit((x - ref.shift) * XCE_LOG2E);
+#else
+    real y = max_or_nan(x - ref.shift, ref.low), t = r_fma(y, XCE_LOG2E, ref.magic), n = t - ref.magic;
+    real power = r_from_bits(r_bits(t) << XCE_MANTISSA);
+    return exp2_unit(r_fma(y, XCE_LOG2E_LOW, r_fma(y, XCE_LOG2E, -n))) * power;
+#endif
+#else
     real unused;
     return r_exp_relative_tail(x, ref, &unused);
+#endif
 }
 
 /* exp(x) 2^-n for integers n: results below the smallest normal number are 0, x must be below (n + 127) ln 2 (1023) */

@@ -18,7 +18,7 @@ import numpy as np
 
 import xce._backends
 from xce import _dispatch
-from xce._backends import _cuda, _scan
+from xce._backends import _cuda
 
 Array = np.ndarray[Any, Any]
 
@@ -269,8 +269,6 @@ def installed(patch: Any) -> Iterator[State]:
     devices = {number: Emulated(number) for number in (0, 1)}
     patch.setattr(backend, "_device", devices.__getitem__)
     patch.setattr(array_api_compat, "array_namespace", namespace_of)
-    patch.setattr(backend, "scan_labels", on_device(_scan.scan_labels))
-    patch.setattr(backend, "scan_values", on_device(_scan.scan_values))
     assert backend._cuda is _cuda
     try:
         yield state
@@ -280,12 +278,3 @@ def installed(patch: Any) -> Iterator[State]:
             sys.modules.pop(f"xce._backends.{name}", None)
             if hasattr(xce._backends, name):
                 delattr(xce._backends, name)
-
-
-def on_device(scan: Callable[..., int]) -> Callable[..., int]:
-    def checked(x: Any, *args: Any) -> int:
-        assert x.device.id == state.device
-        state.runs.append((state.device, state.stream()))
-        return scan(x, *args)
-
-    return checked

@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from xce._backends import _cuda
-from xce._backends._scan import scan_labels, scan_values
+from xce._backends import _cuda, _cuda_linear
 
-__all__ = ["place", "run", "scan_labels", "scan_values", "view", "wrap"]
+__all__ = ["from_numpy", "place", "run", "run_linear", "scan_labels", "scan_values", "to_numpy", "view", "wrap"]
 
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 FLAGS = ["-std=c++20", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-mfma", "-fno-strict-aliasing", "-w"]
@@ -39,7 +38,9 @@ JOBS = {
     "final_sum": "sum_job",
     "elements": "element_job",
     "scale": "scale_job",
+    "copy_rows": "copy_job",
 }
+ARRAYS = ("scan", "convert", "sum_numbers", "mean_of_rows")
 
 
 @cache
@@ -50,11 +51,15 @@ def library(module: _cuda.Module) -> ctypes.CDLL:
     kernels = ["partial_sums", "final_sum"] if "XCE_SUMS" in definitions else ["rows"]
     if "XCE_FORMULA" in definitions:
         kernels = ["elements"]
-    elif "XCE_SCALE" in definitions:
+    if "XCE_SCALE" in definitions:
         kernels = ["scale"]
+    if "XCE_COPY" in definitions:
+        kernels = ["copy_rows"]
+    if "XCE_ARRAYS" in definitions:
+        kernels = list(ARRAYS)
     code = f'#define XCE_STORAGE_{module.storage}\n#include "{Path(__file__).parent / "emulation.h"}"\n'
     code += _cuda.text(*module.files)
-    code += "".join(ENTRY.format(kernel=kernel, type=JOBS[kernel]) for kernel in kernels)
+    code += "".join(ENTRY.format(kernel=kernel, type=JOBS.get(kernel, "array_job")) for kernel in kernels)
     return compiled(code, tuple(f"-D{name}={value}" for name, value in definitions.items()))
 
 
@@ -78,6 +83,7 @@ def compiled(code: str, flags: tuple[str, ...]) -> ctypes.CDLL:
 class Emulated:
     """The `Device` of the tests; the sizes are small, so that small arrays have large rows."""
 
+    memory_bytes = 1 << 20
     shared_bytes = 4096
     has_clusters = True
     processors = 1
@@ -85,20 +91,23 @@ class Emulated:
     sum_threads = 32
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        return np.full(shape, np.nan if np.dtype(dtype).kind == "f" else 7, dtype)
+        return np.full(shape, 7 if np.dtype(dtype).kind in "biu" else np.nan, dtype)
 
     def pointer(self, x: Any) -> int:
         return int(x.ctypes.data)
 
-    def sum(self, x: Any) -> Any:
-        return np.sum(x, dtype=np.float64, keepdims=True)
+    def to_numpy(self, x: Any) -> Any:
+        return x.copy()
 
-    def mean(self, x: Any, axis: int) -> Any:
-        return np.mean(x, axis, dtype=np.float64).astype(x.dtype)
+    def gemm(self, product: _cuda.Product) -> None:
+        assert product.alpha != 0
+        assert product.dtype == product.out_dtype or (product.dtype.itemsize, product.out_dtype) == (2, np.float32)
+        blas(*product)
 
     def launch(
         self, module: _cuda.Module, kernel: str, grid: int, block: tuple[int, int], shared: int, job: Any
     ) -> None:
+        assert 0 < grid < 1 << 31, "an error on a GPU"
         lib = library(module)
         assert lib[f"size_{kernel}"]() == job.nbytes
         cluster = int(dict(module.definitions).get("XCE_CLUSTER", 1))
@@ -114,8 +123,48 @@ def place(x: Any) -> None:
     pass
 
 
+def blas(
+    transpose_a: bool, transpose_b: bool, m: int, n: int, k: int, alpha: float, a: int, lda: int, b: int, ldb: int,
+    beta: float, c: int, ldc: int, dtype: Any, out_dtype: Any,
+) -> None:  # fmt: skip
+    """What BLAS does, on the memory at these addresses: columns lie side by side."""
+    wide = np.float64 if out_dtype == np.float64 else np.float32
+    left = columns_at(a, *((k, m) if transpose_a else (m, k)), lda, dtype).astype(wide)
+    right = columns_at(b, *((n, k) if transpose_b else (k, n)), ldb, dtype).astype(wide)
+    out = columns_at(c, m, n, ldc, out_dtype)
+    with np.errstate(all="ignore"):
+        result = wide(alpha) * ((left.T if transpose_a else left) @ (right.T if transpose_b else right))
+        out[...] = result + wide(beta) * out if beta else result
+
+
+def columns_at(address: int, rows: int, columns: int, ld: int, dtype: Any) -> Any:
+    """The matrix at an address."""
+    assert 0 < rows <= ld < 2**31
+    assert 0 < columns < 2**31
+    size = np.dtype(dtype).itemsize
+    memory = (ctypes.c_char * (((columns - 1) * ld + rows) * size)).from_address(address)
+    entries = np.frombuffer(memory, dtype)
+    return np.lib.stride_tricks.as_strided(entries, (rows, columns), (size, ld * size))
+
+
 def view(x: Any, name: str) -> Any:
     return np.asarray(x)
+
+
+def to_numpy(x: Any) -> Any:
+    return np.array(x)
+
+
+def from_numpy(x: Any, like: Any) -> Any:
+    return np.array(x)
+
+
+def scan_labels(target: Any, n_classes: int, ignore_index: int) -> int:
+    return _cuda.scan_labels(target, n_classes, ignore_index, DEVICE)
+
+
+def scan_values(values: Any, low: float, high: float | None) -> int:
+    return _cuda.scan_values(values, low, high, DEVICE)
 
 
 def wrap(result: Any) -> Any:
@@ -124,3 +173,7 @@ def wrap(result: Any) -> Any:
 
 def run(call: Any) -> Any:
     return _cuda.run(call, DEVICE)
+
+
+def run_linear(call: Any) -> Any:
+    return _cuda_linear.run(call, DEVICE)

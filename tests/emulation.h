@@ -187,8 +187,20 @@ static inline int __float_as_int(float a) { int b; std::memcpy(&b, &a, sizeof b)
 static inline double __longlong_as_double(long long a) { double b; std::memcpy(&b, &a, sizeof b); return b; }
 static inline long long __double_as_longlong(double a) { long long b; std::memcpy(&b, &a, sizeof b); return b; }
 static inline float half_to_float(uint16_t a) { _Float16 b; std::memcpy(&b, &a, sizeof b); return (float)b; }
+static inline uint16_t double_to_half(double a) { _Float16 b = (_Float16)a; uint16_t c; std::memcpy(&c, &b, sizeof c); return c; }
 static inline uint16_t float_to_half(float a) { _Float16 b = (_Float16)a; uint16_t c; std::memcpy(&c, &b, sizeof c); return c; }
+static inline float exp2_unit(float a) { return std::exp2(a); }
+static inline float max_or_nan(float a, float b) { return b > a ? b : a; }
+static inline void copy_16(void *to, const void *from) { std::memcpy(to, from, 16); }
+static inline void wait_for_copies() {}
+struct __align__(8) uint2 { unsigned x, y; };
+struct __align__(16) uint4 { unsigned x, y, z, w; };
+static inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 using std::fabs;
+using std::fmax;
 using std::fma;
 
+#define XCE_JOB(type) type
+#define XCE_BOUNDS(threads, blocks)
 #define XCE_KERNEL(cluster) static void

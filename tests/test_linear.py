@@ -50,15 +50,22 @@ def composed(x: Any, w: Any, target: Any, bias: Any = None, **options: Any) -> t
 def check(x: Any, w: Any, target: Any, bias: Any = None, *, rtol: float = 1e-12, **options: Any) -> Any:
     """Compare value and gradients with the composition; return them."""
     exact = composed(x, w, target, bias, **{k: v for k, v in options.items() if k not in ("chunk_rows", "grad_out")})
+    extra = rounding_of_g(x, w, target, bias, **options)  # of arguments that may be overwritten
     value, grads = xce.linear_cross_entropy(x, w, target, linear_bias=bias, return_grad=True, **options)
     assert_equal(value, exact[0], rtol)
-    for grad, like, expected in zip(grads, (x, w, bias), exact[1], strict=True):
+    for grad, like, expected, more in zip(grads, (x, w, bias), exact[1], extra, strict=True):
         if like is None:
             assert grad is None
             continue
         assert (grad.dtype, grad.shape) == (like.dtype, like.shape)
-        assert_equal(grad, expected, rtol + half_spacing(grad.dtype), 2.0**-25 if grad.dtype == np.float16 else 1e-300)
+        atol = more + (2.0**-25 if grad.dtype == np.float16 else 1e-300)
+        assert_equal(grad, expected, rtol + half_spacing(grad.dtype), atol)
     return value, grads
+
+
+def rounding_of_g(*arguments: Any, **options: Any) -> tuple[float, float, float]:
+    """What the gradients are off by as that of the logits is rounded: not on a CPU, see `test_cuda_linear`."""
+    return 0, 0, 0
 
 
 def assert_equal(result: Any, exact: Any, rtol: float, atol: float = 1e-300) -> None:

@@ -370,6 +370,60 @@ def test_training(torch: Any, gpu: Any) -> None:
     assert gpu.runs
 
 
+# Linear layers
+
+
+def layer(rng: np.random.Generator) -> dict[str, Array]:
+    x, w, b = (rng.standard_normal(shape).astype("f4") for shape in ((6, 5), (9, 5), (9,)))
+    return {"inputs": x, "linear_weight": w, "linear_bias": b, "target": np.array([0, 8, 3, -100, 1, 7])}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_of_tensors(torch: Any, gpu: Any, dtype: str, rng: np.random.Generator) -> None:
+    arrays = layer(rng)
+    t = {name: torch.from_numpy(a) for name, a in arrays.items()}
+    t = {name: a.to(getattr(torch, dtype)) if a.is_floating_point() else a for name, a in t.items()}
+    exact = {name: numpy_of(a) for name, a in t.items()}
+    expected, gradients = xce.linear_cross_entropy(**exact, chunk_rows=4, return_grad=True)
+    out = torch.empty_like(t["inputs"]), torch.empty(9, 5), None  # sums may be of float32
+    found, results = xce.linear_cross_entropy(**t, chunk_rows=4, return_grad=True, grad_out=out)
+    # logits are of the type of the inputs
+    tolerance = TOLERANCE if dtype == "float32" else {"rtol": 2e-2, "atol": 2e-2}
+    np.testing.assert_allclose(found, expected, **tolerance)
+    for result, gradient in zip(results, gradients, strict=True):
+        assert type(result) is torch.Tensor
+        np.testing.assert_allclose(numpy_of(result), gradient, **tolerance)
+    assert [a.data_ptr() for a in results[:2]] == [a.data_ptr() for a in out[:2]]
+    assert set(gpu.runs) == {(0, STREAM)}
+
+
+def test_autograd_of_a_layer(torch: Any, gpu: Any, rng: np.random.Generator) -> None:
+    import xce.torch
+
+    if not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        pytest.skip("needs linear_cross_entropy of PyTorch")
+    results = []
+    for function in (xce.torch.linear_cross_entropy, torch.nn.functional.linear_cross_entropy):
+        t = {name: torch.from_numpy(a) for name, a in layer(np.random.default_rng(1)).items()}
+        t["input"] = t.pop("inputs")
+        wanted = [t[name].requires_grad_() for name in ("input", "linear_weight", "linear_bias")]
+        value = function(t["input"], t["linear_weight"], t["target"], linear_bias=t["linear_bias"], ignore_index=-100)
+        (0.5 * value).backward()
+        results.append([numpy_of(value), *(numpy_of(a.grad) for a in wanted)])
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, **TOLERANCE)
+    assert set(gpu.runs) == {(0, STREAM)}
+
+
+def test_a_layer_on_another_device(gpu: Any, rng: np.random.Generator) -> None:
+    from cupy_standin import asarray
+
+    arrays = layer(rng)
+    expected = xce.linear_cross_entropy(**arrays)
+    close(xce.linear_cross_entropy(**{name: asarray(a, 1) for name, a in arrays.items()}), expected)
+    assert {device for device, _ in gpu.runs} == {1}
+
+
 # JAX
 
 

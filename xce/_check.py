@@ -256,10 +256,11 @@ def buffer(
         found, expected = _dtype_text(out.dtype), _dtype_text(like.dtype)
         alternative = " or float32" if or_float32 else ""
         raise ValueError(f"{key} has dtype {found} but must have {expected}, the dtype of {name}{alternative}")
-    if isinstance(out, ndarray):
-        if not out.flags.writeable:
+    memory = _memory(out)
+    if memory is not None:
+        if not memory.flags.writeable:
             raise ValueError(f"{key} is read-only: it must be writable")
-        if _overlaps_itself(out):
+        if _overlaps_itself(memory):
             raise ValueError(f"{key} has strides {out.strides}: its entries must not share memory")
     for other, x in others.items():
         if _share_memory(out, x) and not ((key, other) == in_place and _is_same(out, x)):
@@ -282,16 +283,41 @@ def _overlaps_itself(x: Array) -> bool:
 
 
 def _share_memory(a: Array, b: Array) -> bool:
-    if not isinstance(a, ndarray):
+    a_memory, b_memory = _memory(a), _memory(b)
+    if a_memory is None or b_memory is None:
         return a is b
     try:
-        return np.may_share_memory(a, b) and np.shares_memory(a, b, _OVERLAP_EFFORT)  # type: ignore[arg-type]
+        return np.may_share_memory(a_memory, b_memory) and np.shares_memory(a_memory, b_memory, _OVERLAP_EFFORT)  # type: ignore[arg-type]
     except TooHardError:
         return True
 
 
 def _is_same(a: Array, b: Array) -> bool:
-    return a is b or (isinstance(a, ndarray) and a.strides == b.strides and a.ctypes.data == b.ctypes.data)
+    if a is b:
+        return True
+    a, b = _memory(a), _memory(b)
+    return a is not None and b is not None and a.strides == b.strides and a.ctypes.data == b.ctypes.data
+
+
+def _memory(x: Array) -> ndarray[Any, Any] | None:
+    """Return an array that lies where `x` does, if that is known; one on a GPU must not be read."""
+    if isinstance(x, ndarray):
+        return x
+    there = getattr(x, "__cuda_array_interface__", None)
+    if there is None:
+        return None
+    if not x.size:
+        return np.empty(x.shape, np.uint8)
+    return np.asarray(_Place({
+        "version": 3, "shape": x.shape, "strides": x.strides, "data": there["data"], "typestr": f"|V{x.itemsize}",
+    }))  # fmt: skip
+
+
+class _Place:
+    """Memory as NumPy asks for it."""
+
+    def __init__(self, interface: dict[str, Any]) -> None:
+        self.__array_interface__ = interface
 
 
 # Linear layers

@@ -8,6 +8,8 @@ A backend is a module of `xce._backends` with
     run_linear(call)    that of a `LinearCall`
     wrap(result)        a result in the caller's own kind of array
     scan_labels, scan_values    see `xce._backends._scan`
+    to_numpy(x)         the numbers of such an array on the host
+    from_numpy(x, like) an array of the host as such an array, where `like` is; libraries without kernels need none
 """
 
 from __future__ import annotations

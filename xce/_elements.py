@@ -34,6 +34,7 @@ class ElementCall(NamedTuple):
     grad_out: Array
     hess_out: Array
     n_threads: int | None
+    validate: bool
 
 
 @placed(3)
@@ -101,6 +102,7 @@ def normalise_elements(
         grad_out=grad_out,
         hess_out=hess_out,
         n_threads=check.thread_count("n_threads", n_threads),
+        validate=validate,
     )
 
 

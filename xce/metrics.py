@@ -7,7 +7,7 @@ import warnings
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace, device, is_torch_array
+from array_api_compat import array_namespace, device, is_cupy_array, is_torch_array
 
 from xce import _check as check
 from xce._call import Array
@@ -327,7 +327,7 @@ def log_loss(
 
 def _array(x: Any, name: str) -> Any:
     """Return arrays as they are computed on, and lists, series and frames as arrays of NumPy."""
-    if hasattr(x, "__array_namespace__") or is_torch_array(x):
+    if hasattr(x, "__array_namespace__") or is_torch_array(x) or is_cupy_array(x):
         return owner_of(x, name).view(x, name)
     return np.asarray(x)
 

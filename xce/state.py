@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import math
 from fractions import Fraction
+from functools import partial
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from xce._backends._scan import widen
 from xce._call import Array, normalise
 from xce._check import label_error
 from xce._dispatch import owner_of
@@ -107,7 +110,7 @@ class LossState:
         if not isinstance(keep_rows, bool):
             raise TypeError(f"keep_rows is a {type(keep_rows).__name__}: it must be True or False")
         self.keep_rows = keep_rows
-        self._weight = None if weight is None else np.array(owner_of(weight, "weight").view(weight, "weight"))
+        self._weight = None if weight is None else np.array(_on_host(weight, "weight"))
         # the checks of cross_entropy, on a row of zeros
         zeros = np.broadcast_to(np.zeros(1), (self.n_classes or (1 if self._weight is None else self._weight.size),))
         cross_entropy(zeros, ignore_index, weight=self._weight, **self._options())
@@ -154,7 +157,8 @@ class LossState:
         TypeError, ValueError
             As `cross_entropy`; or the classes do not lie within ``n_classes``, or came before.
         """
-        width = np.shape(logits)[-1] if np.ndim(logits) else 0
+        owner, x = _on_device(logits)
+        width = x.shape[-1] if x.shape else 0
         n_classes = width if self.n_classes is None else self.n_classes
         if isinstance(class_offset, bool) or not isinstance(class_offset, (int, np.integer)):
             raise TypeError(f"class_offset is a {type(class_offset).__name__}: it must be an integer")
@@ -169,11 +173,12 @@ class LossState:
             raise TypeError(f"row_offset is a {type(first).__name__}: it must be None or an integer of at least 0")
         if first < 0:
             raise ValueError(f"row_offset={first} is not allowed: it must be None or at least 0")
-        first = int(first)
+        first, y = int(first), _labels(target)
+        s = None if sample_weight is None else _on_host(sample_weight, "sample_weight")
         if width == n_classes:
-            self._add_whole(logits, target, first, sample_weight)
+            self._add_whole(owner, x, y, first, s)
         else:
-            self._add_piece(logits, target, int(class_offset), first, sample_weight)
+            self._add_piece(owner, x, y, int(class_offset), first, s)
         return self
 
     def merge(self, other: LossState) -> LossState:
@@ -257,32 +262,33 @@ class LossState:
     def _options(self) -> dict[str, Any]:
         return {"ignore_index": self.ignore_index, "label_smoothing": self.label_smoothing}
 
-    def _add_whole(self, logits: Array, target: Array, first: int, sample_weight: Array | None) -> None:
-        owner = owner_of(logits, "logits")
-        x, y = np.asarray(owner.view(logits, "logits")), _labels(target)
-        s = None if sample_weight is None else np.asarray(sample_weight)
-        losses = cross_entropy(x, y, weight=self._weight, sample_weight=s, reduction="none", **self._options())
-        losses = np.ravel(losses).astype(np.float64)
-        weights = np.ones(losses.size) if s is None else np.broadcast_to(s, y.shape).ravel().astype(np.float64)
-        self._close(first, losses, y.ravel(), weights)
+    def _add_whole(self, owner: ModuleType, x: Array, y: np.ndarray, first: int, s: np.ndarray | None) -> None:
+        own = partial(_beside, owner, x)
+        losses = cross_entropy(
+            x, own(y), weight=own(self._weight), sample_weight=own(s), reduction="none", **self._options()
+        )
+        losses = _of_rows(owner, losses)
+        self._close(first, losses, y.ravel(), _weights_of_rows(s, y))
 
-    def _add_piece(self, logits: Array, target: Array, start: int, first: int, sample_weight: Array | None) -> None:
-        owner = owner_of(logits, "logits")
-        x, y = owner.view(logits, "logits"), _labels(target)
+    def _add_piece(
+        self, owner: ModuleType, x: Array, y: np.ndarray, start: int, first: int, s: np.ndarray | None
+    ) -> None:
         n_classes = self.n_classes or 0
-        if (bad := owner.scan_labels(y, n_classes, self.ignore_index)) >= 0:
+        if (bad := owner_of(y, "target").scan_labels(y, n_classes, self.ignore_index)) >= 0:
             raise label_error(y, bad, n_classes, self.ignore_index)
         stop = start + x.shape[-1]
         is_here = (y != self.ignore_index) & (y >= start) & (y < stop)
-        local = np.where(is_here, y.astype(np.int64) - start, -1)
+        local = np.asarray(np.where(is_here, y.astype(np.int64) - start, -1))
         weight = None if self._weight is None else self._weight[start:stop]
-        if sample_weight is not None:
-            sample_weight = np.asarray(owner_of(sample_weight, "sample_weight").view(sample_weight, "sample_weight"))
-        call = normalise(owner, "state", "", 0.0, x, -1, local, weight, sample_weight, ignore_index=-1)
-        s = np.ones(y.shape) if call.sample_weight is None else call.sample_weight
-        top, rest, label_logit, linear = (np.ravel(a).astype(np.float64) for a in owner.run(call))
+        own = partial(_beside, owner, x)
+        call = normalise(owner, "state", "", 0.0, x, -1, own(local), own(weight), own(s), ignore_index=-1)
+        top, rest, label_logit, linear = (_of_rows(owner, a) for a in owner.run(call))
+        if (top == -np.inf).any():  # rows of -inf only add nothing, unless a NaN hides there, as logsumexp tells
+            bare = call._replace(op="logsumexp", target=None, weight=None, sample_weight=None)
+            empty = _of_rows(owner, owner.run(bare)) == -np.inf
+            rest[empty], linear[empty] = -1, 0
         piece = _Piece(start, stop, top, rest, label_logit, linear, _total(weight, stop - start))
-        block = _Block(y.ravel().copy(), np.broadcast_to(s, y.shape).ravel().astype(np.float64), [piece])
+        block = _Block(y.ravel().copy(), _weights_of_rows(s, y), [piece])
         self._check_block(first, block)
         self._join(first, block)
 
@@ -406,12 +412,41 @@ def _float(x: Fraction) -> float:
         return math.inf if x > 0 else -math.inf
 
 
+def _on_device(logits: Array) -> tuple[ModuleType, Array]:
+    """Return logits where they are, and the backend that has kernels for them: that of NumPy if no other."""
+    x = owner_of(logits, "logits").view(logits, "logits")
+    owner = owner_of(x, "logits")
+    if not hasattr(owner, "from_numpy"):
+        x = owner.to_numpy(x)
+        owner = owner_of(x, "logits")
+    return owner, x
+
+
+def _on_host(x: Array, name: str) -> np.ndarray:
+    """What there is one of for each row, or class, as an array of NumPy."""
+    x = owner_of(x, name).view(x, name)
+    return widen(owner_of(x, name).to_numpy(x))  # type: ignore[no-any-return]
+
+
 def _labels(target: Array) -> np.ndarray:
     """Class indices as a NumPy array in native byte order."""
-    y = np.asarray(owner_of(target, "target").view(target, "target"))
+    y = _on_host(target, "target")
     if y.dtype.kind not in "iu":
         raise TypeError(f"target has dtype {y.dtype}: LossState takes class indices, of an integer dtype")
     return y.astype(y.dtype.newbyteorder("="), copy=False)
+
+
+def _weights_of_rows(sample_weight: np.ndarray | None, y: np.ndarray) -> np.ndarray:
+    return np.ones(y.size) if sample_weight is None else np.broadcast_to(sample_weight, y.shape).ravel().astype(float)
+
+
+def _beside(owner: ModuleType, x: Array, a: np.ndarray | None) -> Array:
+    """Return an array of the host where `x` is."""
+    return None if a is None else owner.from_numpy(a, x)
+
+
+def _of_rows(owner: ModuleType, x: Array) -> np.ndarray:
+    return np.ravel(owner.to_numpy(x)).astype(np.float64)
 
 
 def _total(weight: np.ndarray | None, width: int) -> float:

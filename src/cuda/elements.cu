@@ -3,21 +3,21 @@
 
 enum { AS_BOOL = 17, AS_FLOAT = 20, AS_DOUBLE = 24, AS_HALF = 18, AS_BFLOAT = 19 }; /* 0: storage, others as labels */
 
-XCE_FN scalar read_number(const char *p, int kind)
+template <class T> XCE_FN T read_number(const char *p, int kind)
 {
     switch (kind) {
     case 0: return s_load(*(const storage *)p);
     case AS_BOOL: return *p != 0;
-    case AS_HALF: return (scalar)half_to_float(*(const uint16_t *)p);
-    case AS_BFLOAT: return (scalar)__int_as_float((int)((uint32_t) * (const uint16_t *)p << 16));
-    case AS_FLOAT: return (scalar) * (const float *)p;
-    case AS_DOUBLE: return (scalar) * (const double *)p;
-    case 8: return (scalar) * (const uint64_t *)p;
-    default: return (scalar)read_integer(p, kind);
+    case AS_HALF: return (T)half_to_float(*(const uint16_t *)p);
+    case AS_BFLOAT: return (T)__int_as_float((int)((uint32_t) * (const uint16_t *)p << 16));
+    case AS_FLOAT: return (T) * (const float *)p;
+    case AS_DOUBLE: return (T) * (const double *)p;
+    case 8: return (T) * (const uint64_t *)p;
+    default: return (T)read_integer(p, kind);
     }
 }
 
-XCE_FN int64_t place_of(const element_job &j, const numbers &a, int64_t flat)
+template <class Job> XCE_FN int64_t place_of(const Job &j, const numbers &a, int64_t flat)
 {
     int64_t place = 0;
     for (int k = (int)j.axes - 1; k > 0; k--) {
@@ -27,35 +27,25 @@ XCE_FN int64_t place_of(const element_job &j, const numbers &a, int64_t flat)
     return place + flat * a.strides[0];
 }
 
-XCE_FN scalar number(const element_job &j, const numbers &a, int64_t flat, scalar missing)
-{
-    return a.data ? read_number(a.data + place_of(j, a, flat), (int)a.kind) : missing;
-}
-
 XCE_FN bool in_chunk(const element_job &j, const numbers &a, int64_t flat)
 {
     return a.adjacent && a.kind == 0 && flat + VEC <= j.n && (uint64_t)(a.data + flat * (int64_t)sizeof(storage)) % 16 == 0;
 }
 
-XCE_FN void read_numbers(const element_job &j, const numbers &a, int64_t flat, scalar missing, scalar *out)
+template <class T> XCE_FN void read_numbers(const element_job &j, const numbers &a, int64_t flat, T missing, T *out)
 {
-    if (a.data && in_chunk(j, a, flat)) {
-        chunk raw = *(const chunk *)(a.data + flat * (int64_t)sizeof(storage));
+    if (a.data && in_chunk(j, a, flat))
+        unpack(*(const chunk *)(a.data + flat * (int64_t)sizeof(storage)), out);
+    else
         for (int i = 0; i < VEC; i++)
-            out[i] = s_load(raw.at[i]);
-    } else
-        for (int i = 0; i < VEC; i++)
-            out[i] = flat + i < j.n ? number(j, a, flat + i, missing) : missing;
+            out[i] = a.data && flat + i < j.n ? read_number<T>(a.data + place_of(j, a, flat + i), (int)a.kind) : missing;
 }
 
 XCE_FN void write_numbers(const element_job &j, const numbers &a, int64_t flat, const scalar *in)
 {
-    if (in_chunk(j, a, flat)) {
-        chunk raw;
-        for (int i = 0; i < VEC; i++)
-            raw.at[i] = s_store(in[i]);
-        *(chunk *)(a.data + flat * (int64_t)sizeof(storage)) = raw;
-    } else
+    if (in_chunk(j, a, flat))
+        put_all<storage>(a.data + flat * (int64_t)sizeof(storage), in);
+    else
         for (int i = 0; i < VEC && flat + i < j.n; i++)
             *(storage *)(a.data + place_of(j, a, flat + i)) = s_store(in[i]);
 }
@@ -63,36 +53,48 @@ XCE_FN void write_numbers(const element_job &j, const numbers &a, int64_t flat, 
 #if defined(XCE_FORMULA)
 #define XCE_ELEMENT XCE_PASTE(element_, XCE_FORMULA)
 
+/* Weights are multiplied in double: they may be, and so may their sum, what a float does not hold. */
 XCE_KERNEL(1) elements(element_job j)
 {
+    const bool has_weights = j.weight.data || j.sample.data;
     double denominator = j.denominator ? *j.denominator : 1;
-    scalar scale = denominator != 0 ? (scalar)(j.factor / denominator) : 0;
+    double scale = denominator != 0 ? j.factor / denominator : 0;
     parameters with = {{(scalar)j.with[0], (scalar)j.with[1], (scalar)j.with[2]}};
     int64_t step = (int64_t)gridDim.x * blockDim.x * VEC;
     double sum = 0;
     for (int64_t flat = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC; flat < j.n; flat += step) {
-        scalar x[VEC], y[VEC], w[VEC], a[VEC], s[VEC], g[VEC], h[VEC];
-        read_numbers(j, j.x, flat, 0, x);
-        read_numbers(j, j.y, flat, 0, y);
-        read_numbers(j, j.pos_weight, flat, 1, w);
-        read_numbers(j, j.weight, flat, 1, a);
-        read_numbers(j, j.sample, flat, 1, s);
+        scalar x[VEC], y[VEC], w[VEC], g[VEC], h[VEC];
+        double weight[VEC], sample[VEC];
+        read_numbers<scalar>(j, j.x, flat, 0, x);
+        read_numbers<scalar>(j, j.y, flat, 0, y);
+        read_numbers<scalar>(j, j.pos_weight, flat, 1, w);
+        if (has_weights) {
+            read_numbers<double>(j, j.weight, flat, 1, weight);
+            read_numbers<double>(j, j.sample, flat, 1, sample);
+        }
         for (int i = 0; i < VEC; i++) {
             jet f = XCE_ELEMENT(x[i], y[i], w[i], with);
-            scalar factor = a[i] * s[i];
-            x[i] = weighted(factor, f.value);
-            g[i] = weighted(factor, f.d1) * scale;
-            h[i] = weighted(factor, f.d2) * scale;
+            double value = f.value;
+            scalar slope = (scalar)scale;
+            if (has_weights) {
+                double factor = weight[i] * sample[i];
+                value *= factor, slope = (scalar)(factor * scale);
+                if (factor == 0) /* whatever the element holds */
+                    value = f.d1 = f.d2 = 0;
+            }
+            x[i] = (scalar)value;
+            g[i] = slope * f.d1;
+            h[i] = slope * f.d2;
+            if (flat + i < j.n)
+                sum += value;
         }
         if (j.grad.data)
             write_numbers(j, j.grad, flat, g);
         if (j.hess.data)
             write_numbers(j, j.hess, flat, h);
-        for (int i = 0; i < VEC && flat + i < j.n; i++) {
-            sum += x[i];
-            if (j.value.data)
+        if (j.value.data)
+            for (int i = 0; i < VEC && flat + i < j.n; i++)
                 ((scalar *)j.value.data)[flat + i] = x[i];
-        }
     }
     sum = sum_of_block(sum);
     if (threadIdx.x == 0)

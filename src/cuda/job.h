@@ -50,4 +50,12 @@ typedef struct {
     double with[3];
 } element_job;
 
+typedef struct {
+    numbers x, out;
+    int64_t n, axes, shape[XCE_AXES];
+    int64_t classes, lanes;      /* of means: bytes from a class of x to the next, and how many threads share a row */
+    int64_t what, n_classes, ignore_index;
+    double low, high;            /* what is allowed, both ends included */
+} array_job;
+
 #endif

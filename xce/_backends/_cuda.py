@@ -7,7 +7,7 @@ the tests have one that runs the same kernels on the CPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -16,10 +16,24 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 import xce
-from xce._call import Call, LogitStats
+from xce._backends._numbers import (
+    FLOAT32,
+    FLOAT64,
+    LABEL_KINDS,
+    LARGEST,
+    NUMBER_KINDS,
+    SMALLEST,
+    common_dtype,
+    distinct,
+    has_options_beyond,
+    in_wider,
+    is_beyond,
+    is_plain,
+)
+from xce._call import Call, LogitStats, dtype_name
 from xce._elements import ElementCall
 
-AXES = 8  # of rows; XCE_AXES of job.h
+AXES = 8  # of arrays, after neighbours were joined; XCE_AXES of job.h
 _WHAT = {"loss": 0, "softmax": 1, "log_softmax": 2, "logsumexp": 3, "stats": 4, "state": 5, "nll": 6}
 _PHIS = ("cross_entropy", "focal_loss", "poly_loss", "generalized_cross_entropy", "forward", "reverse", "js")
 _FORMULAS = (
@@ -56,6 +70,13 @@ ELEMENT_JOB = np.dtype(
     + [("denominator", _I8), ("partials", _I8), ("factor", _F8), ("n", _I8), ("axes", _I8), ("shape", _I8, AXES),
        ("with", _F8, 3)]
 )
+ARRAY_JOB = np.dtype(
+    [(name, NUMBERS) for name in ("x", "out")]
+    + [("n", _I8), ("axes", _I8), ("shape", _I8, AXES)]
+    + [(name, _I8) for name in ("classes", "lanes", "what", "n_classes", "ignore_index")]
+    + [("low", _F8), ("high", _F8)]
+)
+_IS_LABEL, _IS_WITHIN, _IS_BEYOND = range(3)  # what a scan asks
 # fmt: on
 
 
@@ -67,9 +88,33 @@ class Module(NamedTuple):
     definitions: tuple[tuple[str, str], ...] = ()
 
 
+class Product(NamedTuple):
+    """C = alpha A B + beta C as BLAS has it: columns lie side by side, from one to the next it is `ld` entries.
+
+    C is m by n, A is m by k, B is k by n; a transposed one lies there as its transpose. With beta = 0, C is not read.
+    """
+
+    transpose_a: bool
+    transpose_b: bool
+    m: int
+    n: int
+    k: int
+    alpha: float
+    a: int  # addresses
+    lda: int
+    b: int
+    ldb: int
+    beta: float
+    c: int
+    ldc: int
+    dtype: Any  # of A and B
+    out_dtype: Any  # of C: that, or float32 for 16-bit A and B; sums are of float32 then, too
+
+
 class Device(Protocol):
     """Memory, and kernels that run on it."""
 
+    memory_bytes: int
     shared_bytes: int  # of a block at most
     has_clusters: bool
     processors: int
@@ -78,8 +123,8 @@ class Device(Protocol):
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any: ...
     def pointer(self, x: Any) -> int: ...
-    def sum(self, x: Any) -> Any: ...
-    def mean(self, x: Any, axis: int) -> Any: ...
+    def to_numpy(self, x: Any) -> Any: ...
+    def gemm(self, product: Product) -> None: ...
     def launch(self, module: Module, kernel: str, grid: int, block: tuple[int, int], shared: int, job: Any) -> None: ...
 
 
@@ -91,10 +136,11 @@ class Regime(NamedTuple):
     threads: int  # of a block
 
 
-# bytes of a row up to which a regime serves; the figures of FINDINGS for 16-bit logits, in bytes. Not measured yet.
+# Bytes of a row up to which a regime serves. Not measured yet: up to 1024 so that what a row costs once, some 300
+# instructions of a thread, is done by few threads, of four chunks and more; the others are those of published kernels.
 _REGIMES = (
-    (128, Regime(8, 1, 128)),
-    (256, Regime(16, 1, 128)),
+    (512, Regime(8, 1, 128)),
+    (1024, Regime(16, 1, 128)),
     (6144, Regime(32, 1, 128)),
     (12288, Regime(64, 1, 64)),
     (32768, Regime(128, 1, 128)),
@@ -102,6 +148,8 @@ _REGIMES = (
 )
 _CLUSTERS = ((131072, Regime(256, 2, 256)), (262144, Regime(256, 4, 256)), (math.inf, Regime(256, 8, 256)))
 _STRIDED = Regime(1, 1, 128)
+
+SPARSE, DENSE, FULL = range(3)  # levels of rows.cu
 
 
 @cache
@@ -118,9 +166,10 @@ def text(*names: str) -> str:
     return "\n".join(parts) + "\n"
 
 
-COMMON = ("cuda/threads.h", "primitives.h", "formulas.h", "cuda/job.h")
-ROWS = (*COMMON, "cuda/rows.cu")
-SUMS, ELEMENTS = (*ROWS, "cuda/sums.cu"), (*ROWS, "cuda/sums.cu", "cuda/elements.cu")
+_COMMON = ("cuda/threads.h", "primitives.h", "formulas.h", "cuda/job.h", "cuda/places.h")
+ROWS = (*_COMMON, "cuda/team.h", "cuda/row.h", "cuda/chunks.h", "cuda/entries.h", "cuda/rows.cu")
+SUMS, ELEMENTS = (*_COMMON, "cuda/sums.cu"), (*_COMMON, "cuda/sums.cu", "cuda/elements.cu")
+ARRAYS = Module("float64", (*ELEMENTS, "cuda/arrays.cu"), (("XCE_ARRAYS", "1"),))  # whatever the logits are
 
 
 def choose(device: Device, row_bytes: int, adjacent: bool) -> Regime:
@@ -181,11 +230,6 @@ class Rows:
         job["shape"][: len(self.shape)] = self.shape
 
 
-def label_kind(dtype: Any) -> int:
-    """The size of an integer type in bytes, negative for a signed one."""
-    return int(dtype.itemsize) * (-1 if dtype.kind == "i" else 1)
-
-
 def storage_name(x: Any) -> str:
     """The storage type of an array of floats."""
     return "bfloat16" if x.dtype.kind not in "fd" else str(x.dtype)
@@ -193,12 +237,89 @@ def storage_name(x: Any) -> str:
 
 def run(call: Any, device: Device) -> Any:
     """Compute a `Call` or an `ElementCall`."""
-    if call.op == "element":
-        return run_elements(call, device)
-    return _loss(call, device) if call.op in ("loss", "nll", "distillation") else _MAPS[call.op](call, device)
+    return _run(call, device) if call.logits.ndim <= AXES else _in_one_piece(call, device)
+
+
+def _run(call: Any, device: Device) -> Any:
+    if call.logits.dtype != FLOAT64 and is_beyond_float32(call, device):
+        return _in_wider(call, FLOAT64, device)
+    return _RUN[call.op](call, device)
+
+
+def _in_one_piece(call: Any, device: Device) -> Any:
+    """Compute a call on copies, whose axes join, and fill the caller's buffers."""
+    copies = {name: a.copy() for name, a in zip(call._fields, call, strict=True) if hasattr(a, "strides")}
+    result = _run(call._replace(**copies | {"grad_out": None, "hess_out": None}), device)
+    if call.grad_out is call.hess_out is None:
+        return result
+    if not isinstance(result, tuple):  # a map
+        return _filled(call.grad_out, result)
+    loss, grad, hess = result
+    return loss, _filled(call.grad_out, grad), _filled(call.hess_out, hess)
+
+
+def _filled(buffer: Any, x: Any) -> Any:
+    if buffer is None:
+        return x
+    buffer[...] = x
+    return buffer
+
+
+def is_beyond_float32(call: Any, device: Device) -> bool:
+    """Whether an option is, or a weight of float64; weights are read only where the caller lets the data be checked."""
+    if call.op == "element":  # whose kernel multiplies its weights in float64
+        return any(map(is_beyond, call.params)) or _has_beyond(call, device, call.pos_weight)
+    if is_plain(call):
+        return False
+    return has_options_beyond(call) or _has_beyond(call, device, call.weight, call.sample_weight)
+
+
+def _has_beyond(call: Any, device: Device, *weights: Any) -> bool:
+    return call.validate and any(
+        _scan(device, _IS_BEYOND, distinct(w), low=SMALLEST, high=LARGEST) >= 0
+        for w in weights
+        if w is not None and w.dtype == FLOAT64
+    )
+
+
+def _in_wider(call: Any, dtype: np.dtype[Any], device: Device) -> Any:
+    def narrow(x: Any, logits: Any, out: Any) -> Any:
+        return None if x is None else convert(device, x, _buffer(device, logits, out))
+
+    return in_wider(call, dtype, lambda wide: _run(wide, device), lambda x, to: cast(device, x, to), narrow)
 
 
 def _loss(call: Call, device: Device) -> tuple[Any, Any, Any]:
+    if call.op == "distillation":
+        common = common_dtype(call.logits.dtype, call.target.dtype)
+        if common != call.logits.dtype:
+            return _in_wider(call, common, device)  # type: ignore[no-any-return]
+    value = device.empty(_rows_of(call), _scalar(call.logits))
+    denominator = denominator_of_mean(device, call) if call.reduction == "mean" else None
+    grad, hess = row_losses(device, call, value, denominator)
+    return value if call.reduction == "none" else sum_of_losses(device, call, value, denominator), grad, hess
+
+
+def denominator_of_mean(device: Device, call: Call) -> Any:
+    """The denominator of "mean", float64, on the device."""
+    is_index, scalar = call.target.ndim < call.logits.ndim, _scalar(call.logits)
+    weight, sample = _weights(device, call, scalar)
+    # class weights do not count for probabilities
+    label, weight = (call.target, weight) if is_index else (None, None)
+    result = device.empty((1,), np.float64)
+    _sum(device, call, label, sample, weight, None, result, None, None, _rows_of(call))
+    return result
+
+
+def sum_of_losses(device: Device, call: Call, value: Any, denominator: Any) -> Any:
+    """The sum of the rows' losses over the denominator, if there is one."""
+    total, loss = device.empty((1,), np.float64), device.empty((), value.dtype)
+    _sum(device, call, None, None, None, value, total, loss, denominator, value.shape)
+    return loss
+
+
+def row_losses(device: Device, call: Call, value: Any, denominator: Any) -> tuple[Any, Any]:
+    """Write the losses of the rows into `value`; their gradients over the denominator, and Hessian diagonals."""
     logits = call.logits
     scalar = _scalar(logits)
     is_index = call.target.ndim < logits.ndim
@@ -210,19 +331,11 @@ def _loss(call: Call, device: Device) -> tuple[Any, Any, Any]:
         and call.grad_out is not None
         and device.pointer(grad) == device.pointer(logits)
     ):
-        logits = logits.copy()  # the sparse teacher's classes are read again after the rows are written
-    rows = logits.shape[: call.axis] + logits.shape[call.axis + 1 :]
-    value = device.empty(rows, scalar)
-    weight, sample = _factor(call.weight, scalar), call.sample_weight
-    sample = sample if sample is None or sample.dtype == scalar else sample.astype(scalar)
+        # the sparse teacher's classes are read again after the rows are written
+        logits = convert(device, logits, device.empty(logits.shape, logits.dtype))
     if q is not None and q.dtype != logits.dtype:
-        q = q.astype(scalar)
-    total = device.empty((2,), np.float64)
-    loss = device.empty((), scalar)
-    denominator = total[:1] if call.reduction == "mean" else None
-    if denominator is not None:
-        # class weights do not count for probabilities
-        _sum(device, call, label, sample, weight if is_index else None, None, denominator, None, None, rows)
+        q = cast(device, q, logits.dtype if call.op == "distillation" else scalar)
+    weight, sample = _weights(device, call, scalar)
     if logits.size:
         options = {
             "phi": _PHIS.index(call.phi),
@@ -238,10 +351,12 @@ def _loss(call: Call, device: Device) -> tuple[Any, Any, Any]:
             "value": value, "indices": call.teacher_indices, "weight": weight, "denominator": denominator,
         }  # fmt: skip
         _rows(device, call, "nll" if call.op == "nll" else "loss", arrays, options)
-    if call.reduction == "none":
-        return value, grad, hess
-    _sum(device, call, None, None, None, value, total[1:], loss, denominator, rows)
-    return loss, grad, hess
+    return grad, hess
+
+
+def _rows_of(call: Any) -> tuple[int, ...]:
+    shape: tuple[int, ...] = call.logits.shape
+    return shape[: call.axis] + shape[call.axis + 1 :]
 
 
 def _rows(device: Device, call: Call, what: str, arrays: dict[str, Any], options: dict[str, Any]) -> None:
@@ -256,33 +371,49 @@ def _rows(device: Device, call: Call, what: str, arrays: dict[str, Any], options
         job[name] = value
     for name in ("label", "indices"):
         if arrays.get(name) is not None:
-            job["index_kind" if name == "indices" else "label_kind"] = label_kind(arrays[name].dtype)
+            job["index_kind" if name == "indices" else "label_kind"] = LABEL_KINDS[arrays[name].dtype]
     if arrays.get("indices") is not None:
         job["n_places"] = arrays["indices"].shape[axis]
     q = arrays.get("q")
     job["q_is_scalar"] = q is not None and q.dtype != x.dtype
 
-    size, n_classes = x.dtype.itemsize, x.shape[axis]
-    outputs = [arrays.get(name) for name in ("grad", "hess")]
-    adjacent = n_classes == 1 or all(a is None or a.strides[axis] == size for a in (x, *outputs))
-    regime = choose(device, n_classes * size, adjacent)
-    groups = regime.threads // regime.group
-    vec = 16 // size
-    chunks = -(-(n_classes + vec - 1) // (vec * regime.group * regime.cluster))  # of a thread
-    cached = 0 if regime.group == 1 else min(chunks, device.shared_bytes // (16 * regime.threads))
+    grad, hess, n_classes = arrays.get("grad"), arrays.get("hess"), x.shape[axis]
+    adjacent = n_classes == 1 or all(a is None or a.strides[axis] == a.dtype.itemsize for a in (x, grad, hess))
+    regime = choose(device, n_classes * x.dtype.itemsize, adjacent)
+    groups, level = regime.threads // regime.group, _level(job, call)
+    is_chunked, vec = regime.group > 1 and level < FULL, 16 // x.dtype.itemsize
+    chunks = -(-(n_classes + vec - 1) // vec)
+    if is_chunked and chunks >= 2**31:
+        raise ValueError(f"rows of {n_classes} classes are too long for a GPU: allowed are {2**31 * vec - 2 * vec}")
+    of_thread = -(-chunks // (regime.group * regime.cluster))
+    cached = min(of_thread, device.shared_bytes // (16 * regime.threads)) if is_chunked else 0
     job["cached"] = cached
-    is_full = bool(
-        job["softcap"] or call.temperature != 1 or call.where is not None or job["q_is_scalar"] or job["teacher"]
-        or (job["dense"] and job["phi"])
-    )  # fmt: skip
-    definitions = {
-        "XCE_GROUP": regime.group, "XCE_CLUSTER": regime.cluster, "XCE_FULL": int(is_full), "XCE_WHAT": _WHAT[what],
-        "XCE_PHI": int(job["phi"]),
-    }  # fmt: skip
-    module = Module(storage_name(x), ROWS, tuple((name, str(value)) for name, value in definitions.items()))
+    output = None if grad is None or grad.dtype == x.dtype else storage_name(grad)
+    module = rows_module(storage_name(x), regime, level, _WHAT[what], int(job["phi"]), output)
     units = -(-int(job["n_rows"]) // groups)
     grid = min(units, device.processors * 2048 // regime.threads) * regime.cluster
     device.launch(module, "rows", grid, (regime.group, groups), 16 * regime.threads * cached, job)
+
+
+def _level(job: Any, call: Call) -> int:
+    """How general a row is."""
+    is_dense = bool(job["dense"]) or int(job["what"]) == _WHAT["state"]
+    is_transformed = job["softcap"] or call.temperature != 1 or call.where is not None
+    if is_transformed or job["teacher"] or (is_dense and job["phi"]):
+        return FULL
+    return DENSE if is_dense else SPARSE
+
+
+def rows_module(
+    storage: str, regime: Regime, level: int, what: int = 0, phi: int = 0, output: str | None = None
+) -> Module:
+    """Return the module of a kernel of rows; `output` is the type of gradients, if not that of the logits."""
+    values = {
+        "GROUP": regime.group, "CLUSTER": regime.cluster, "THREADS": regime.threads, "LEVEL": level, "WHAT": what,
+        "PHI": phi,
+    }  # fmt: skip
+    definitions = tuple((f"XCE_{name}", str(value)) for name, value in values.items())
+    return Module(storage, ROWS, definitions if output is None else (*definitions, (f"XCE_OUTPUT_{output}", "1")))
 
 
 def _sum(
@@ -303,7 +434,7 @@ def _sum(
     Rows((*rows, 1), len(rows), arrays).enter(device, job, arrays)
     job["weight"] = 0 if weight is None else device.pointer(weight)
     job["n_rows"], job["n_classes"] = math.prod(rows), call.logits.shape[call.axis]
-    job["label_kind"], job["ignore_index"] = 0 if label is None else label_kind(label.dtype), call.ignore_index
+    job["label_kind"], job["ignore_index"] = 0 if label is None else LABEL_KINDS[label.dtype], call.ignore_index
     partials = device.empty((device.sum_blocks,), np.float64)
     job["partials"] = device.pointer(partials)
     device.launch(_sums(call.logits), "partial_sums", device.sum_blocks, (device.sum_threads, 1), 0, job)
@@ -327,8 +458,6 @@ def _sums(logits: Any) -> Module:
 
 # Single elements
 
-_KINDS = {"bool": 17, "float16": 18, "bfloat16": 19, "float32": 20, "float64": 24}
-
 
 def run_elements(call: ElementCall, device: Device) -> tuple[Any, Any, Any]:
     """Compute an `ElementCall`."""
@@ -340,7 +469,8 @@ def run_elements(call: ElementCall, device: Device) -> tuple[Any, Any, Any]:
     if call.reduction in ("mean", "batchmean"):
         per_share = math.prod(x.shape[1:]) if call.reduction == "batchmean" else 1
         if call.sample_weight is not None:
-            denominator, factor = device.sum(call.sample_weight), float(per_share)
+            denominator, repetitions = _sum_of_weights(device, call.sample_weight)
+            factor = float(per_share) / repetitions
         elif call.reduction == "batchmean":
             factor = 1.0 / len(x) if x.ndim and len(x) else math.nan if x.ndim else 1.0
         else:
@@ -352,7 +482,7 @@ def run_elements(call: ElementCall, device: Device) -> tuple[Any, Any, Any]:
     }  # fmt: skip
     partials = _elements(device, arrays, call, denominator, factor)
     if value is not None:
-        return value if axis is None else device.mean(value, axis), grad, hess
+        return value if axis is None else _mean(device, value, axis), grad, hess
     loss, total = device.empty((), _scalar(x)), device.empty((1,), np.float64)
     _final_sum(device, x, partials, total, loss, denominator, factor)
     return loss, grad, hess
@@ -362,48 +492,133 @@ def _elements(device: Device, arrays: dict[str, Any], call: ElementCall, denomin
     """Launch the kernel of the elements; the sums of its blocks."""
     x = call.logits
     job = np.zeros((), ELEMENT_JOB)
-    rows = Rows((*x.shape, 1), x.ndim, arrays)
-    for name, a in arrays.items():
-        if a is None:
-            continue
-        job[name]["data"] = device.pointer(a)
-        job[name]["kind"] = 0 if name in ("x", "grad", "hess") else number_kind(a.dtype)
-        job[name]["adjacent"] = a.flags.c_contiguous
-        job[name]["strides"][: len(rows.shape)] = rows.strides[name]
-        if a.dtype == x.dtype:
-            job[name]["kind"] = 0
-    job["n"], job["axes"] = x.size, len(rows.shape)
-    job["shape"][: len(rows.shape)] = rows.shape
+    _enter_numbers(device, job, Rows((*x.shape, 1), x.ndim, arrays), arrays, x.dtype)
     job["factor"], job["with"][: len(call.params)] = factor, call.params
     job["denominator"] = 0 if denominator is None else device.pointer(denominator)
-    vec = 16 // x.dtype.itemsize
-    blocks = min(-(-x.size // (vec * device.sum_threads)), device.processors * 2048 // device.sum_threads)
-    partials = device.empty((max(blocks, 1),), np.float64)
+    blocks = _blocks(device, -(-x.size // (16 // x.dtype.itemsize)))
+    partials = device.empty((blocks,), np.float64)
     job["partials"] = device.pointer(partials)
     module = Module(storage_name(x), ELEMENTS, (("XCE_FORMULA", call.formula),))
-    device.launch(module, "elements", max(blocks, 1), (device.sum_threads, 1), 0, job)
+    device.launch(module, "elements", blocks, (device.sum_threads, 1), 0, job)
     return partials
 
 
+def _enter_numbers(device: Device, job: Any, rows: Rows, arrays: dict[str, Any], storage: Any) -> None:
+    """Write arrays of numbers into a job; `storage` is the type that its module is compiled for, if it is for one."""
+    for name, a in arrays.items():
+        if a is not None:
+            job[name]["data"], job[name]["adjacent"] = device.pointer(a), a.flags.c_contiguous
+            job[name]["kind"] = 0 if a.dtype == storage else number_kind(a.dtype)
+            job[name]["strides"][: len(rows.shape)] = rows.strides[name]
+    job["n"], job["axes"] = math.prod(rows.shape), len(rows.shape)
+    job["shape"][: len(rows.shape)] = rows.shape
+
+
+def _blocks(device: Device, n_threads: int) -> int:
+    """As many blocks as have work, and as are at work at a time."""
+    blocks = min(-(-n_threads // device.sum_threads), device.processors * 2048 // device.sum_threads)
+    return max(blocks, 1)  # a grid of none cannot be launched
+
+
 def number_kind(dtype: Any) -> int:
-    """A type of numbers, as the kernel of the elements knows it."""
-    return label_kind(dtype) if dtype.kind in "iu" else _KINDS["bfloat16" if dtype.kind not in "bf" else str(dtype)]
+    """A type of numbers, as the kernels of single elements and of arrays know it."""
+    return NUMBER_KINDS.get(dtype) or {"float16": 18, "bfloat16": 19}[dtype_name(dtype)]
 
 
 def _scalar(x: Any) -> np.dtype[Any]:
-    return np.dtype("float64" if x.dtype == np.float64 else "float32")
+    return FLOAT64 if x.dtype == FLOAT64 else FLOAT32
 
 
-def _factor(weight: Any, scalar: np.dtype[Any]) -> Any:
-    """Class weights side by side, in the type of the computation."""
-    if weight is None:
-        return None
-    weight = weight if weight.dtype == scalar else weight.astype(scalar)
-    return weight if weight.flags.c_contiguous else weight.copy()
+def _weights(device: Device, call: Call, scalar: np.dtype[Any]) -> tuple[Any, Any]:
+    """Class weights and sample weights, in the type of the computation."""
+    weight = None if call.weight is None else _side_by_side(device, call.weight, scalar)
+    return weight, None if call.sample_weight is None else cast(device, call.sample_weight, scalar)
 
 
 def _buffer(device: Device, x: Any, buffer: Any) -> Any:
     return device.empty(x.shape, x.dtype) if buffer is None else buffer
+
+
+# Arrays: what CuPy could do as well, but does in more passes, or in bfloat16 by promises only
+
+
+def scan_labels(target: Any, n_classes: int, ignore_index: int, device: Device) -> int:
+    """Return the flat C-order index of the first label outside 0..n_classes-1 that is not ignored, or -1."""
+    return _scan(device, _IS_LABEL, target, n_classes=n_classes, ignore_index=ignore_index)
+
+
+def scan_values(values: Any, low: float, high: float | None, device: Device) -> int:
+    """Return the flat C-order index of the first entry outside low..high (None: infinite), or NaN; or -1."""
+    return _scan(device, _IS_WITHIN, values, low=low, high=float(np.finfo(np.float64).max) if high is None else high)
+
+
+def _scan(device: Device, what: int, x: Any, **allowed: float) -> int:
+    """Wait for the device, and return the flat index of the first bad entry, or -1."""
+    if not x.size:
+        return -1
+    job = _array_job(device, x.reshape(-1) if x.ndim > AXES else x, what=what, **allowed)
+    places = device.empty((_blocks(device, x.size),), np.int64)
+    job["out"]["data"] = device.pointer(places)
+    device.launch(ARRAYS, "scan", places.size, (device.sum_threads, 1), 0, job)
+    first = int(device.to_numpy(places).min())
+    return first if first < x.size else -1
+
+
+def convert(device: Device, x: Any, out: Any) -> Any:
+    """Write the numbers of `x` into the array of floats `out`, and return that."""
+    if x.size:
+        job = _array_job(device, x, out)
+        device.launch(ARRAYS, "convert", _blocks(device, x.size), (device.sum_threads, 1), 0, job)
+    return out
+
+
+def cast(device: Device, x: Any, dtype: np.dtype[Any]) -> Any:
+    """`x` in a floating type."""
+    return x if x.dtype == dtype else convert(device, x, device.empty(x.shape, dtype))
+
+
+def _side_by_side(device: Device, x: Any, dtype: np.dtype[Any]) -> Any:
+    """`x` in a floating type, without gaps."""
+    if x.dtype == dtype and x.flags.c_contiguous:
+        return x
+    return convert(device, x, device.empty(x.shape, dtype))
+
+
+def _sum_of_weights(device: Device, x: Any) -> tuple[Any, int]:
+    """The sum of an array's distinct entries, on the device, and how often each is repeated."""
+    once = distinct(x)
+    partials = device.empty((device.sum_blocks,), np.float64)
+    job = _array_job(device, once)
+    job["out"]["data"] = device.pointer(partials)
+    device.launch(ARRAYS, "sum_numbers", device.sum_blocks, (device.sum_threads, 1), 0, job)
+    total = device.empty((1,), np.float64)
+    _final_sum(device, x, partials, total, None, None, 1.0)
+    return total, x.size // max(once.size, 1) or 1
+
+
+def _mean(device: Device, x: Any, axis: int) -> Any:
+    """The means over an axis, in the type of `x`."""
+    out = device.empty(x.shape[:axis] + x.shape[axis + 1 :], x.dtype)
+    if out.size:
+        rows = Rows(x.shape, axis, {"x": x, "out": out})
+        lanes = 32 if axis == x.ndim - 1 else 1
+        job = np.zeros((), ARRAY_JOB)
+        _enter_numbers(device, job, rows, {"x": x, "out": out}, None)
+        job["classes"], job["n_classes"], job["lanes"] = rows.classes["x"], x.shape[axis], lanes
+        device.launch(ARRAYS, "mean_of_rows", _blocks(device, out.size * lanes), (device.sum_threads, 1), 0, job)
+    return out
+
+
+def _array_job(device: Device, x: Any, out: Any = None, **fields: float) -> Any:
+    """The argument of what visits all entries of `x`, and of `out` beside it."""
+    job, arrays = np.zeros((), ARRAY_JOB), {"x": x, "out": out}
+    _enter_numbers(device, job, Rows((*x.shape, 1), x.ndim, arrays), arrays, None)
+    for name, value in fields.items():
+        job[name] = value
+    return job
+
+
+# What is not a loss
 
 
 def _map(call: Call, device: Device) -> Any:
@@ -414,14 +629,14 @@ def _map(call: Call, device: Device) -> Any:
 
 
 def _logsumexp(call: Call, device: Device) -> Any:
-    lse = device.empty(call.logits.shape[: call.axis] + call.logits.shape[call.axis + 1 :], _scalar(call.logits))
+    lse = device.empty(_rows_of(call), _scalar(call.logits))
     if call.logits.size:
         _rows(device, call, "logsumexp", {"x": call.logits, "value": lse}, {})
     return lse
 
 
 def _stats(call: Call, device: Device) -> LogitStats:
-    rows = call.logits.shape[: call.axis] + call.logits.shape[call.axis + 1 :]
+    rows = _rows_of(call)
     lse, target, entropy = (device.empty(rows, _scalar(call.logits)) for _ in range(3))
     top, rank = (device.empty(rows, np.int64) for _ in range(2))
     arrays = {
@@ -433,19 +648,44 @@ def _stats(call: Call, device: Device) -> LogitStats:
     return LogitStats(lse, target, top, rank, entropy)
 
 
-_MAPS = {"softmax": _map, "log_softmax": _map, "logsumexp": _logsumexp, "stats": _stats}
+def _state(call: Call, device: Device) -> tuple[Any, Any, Any, Any]:
+    """What a shard of classes contributes to its rows, see `xce.state`: max, rest, logit of the label, linear sum."""
+    scalar = _scalar(call.logits)
+    top, rest, label_logit, linear = (device.empty(_rows_of(call), scalar) for _ in range(4))
+    arrays = {
+        "x": call.logits, "label": call.target, "value": top, "spread": rest, "label_logit": label_logit,
+        "linear": linear, "weight": None if call.weight is None else _side_by_side(device, call.weight, scalar),
+    }  # fmt: skip
+    if call.logits.size:
+        _rows(device, call, "state", arrays, {})
+    return top, rest, label_logit, linear
+
+
+_RUN: dict[str, Callable[[Any, Device], Any]] = {
+    "nll": _loss, "distillation": _loss, "loss": _loss, "element": run_elements, "softmax": _map, "log_softmax": _map,
+    "logsumexp": _logsumexp, "stats": _stats, "state": _state,
+}  # fmt: skip
 
 
 def modules() -> Iterable[tuple[Module, str]]:
     """Every kind of module with a kernel of it, for the tests that compile them."""
-    last = len(_PHIS) - 1  # the longest
+    regimes = [_STRIDED, *(regime for _, regime in (*_REGIMES, *_CLUSTERS))]
     for storage in ("float32", "float64", "float16", "bfloat16"):
-        for regime in (_STRIDED, *(regime for _, regime in (*_REGIMES, *_CLUSTERS))):
-            for full, phi in ((0, 0), (1, last)):
-                values = (regime.group, regime.cluster, full, _WHAT["loss"], phi)
-                names = ("XCE_GROUP", "XCE_CLUSTER", "XCE_FULL", "XCE_WHAT", "XCE_PHI")
-                yield Module(storage, ROWS, tuple(zip(names, map(str, values), strict=True))), "rows"
+        for regime in regimes:
+            for level, phi in ((SPARSE, 0), (DENSE, 0), (FULL, len(_PHIS) - 1)):
+                yield rows_module(storage, regime, level, _WHAT["loss"], phi), "rows"
+        for phi in range(1, _PHIS.index("forward")):
+            yield rows_module(storage, _REGIMES[-1][1], SPARSE, _WHAT["loss"], phi), "rows"
+        for phi in range(1, len(_PHIS) - 1):
+            yield rows_module(storage, _REGIMES[-1][1], FULL, _WHAT["loss"], phi), "rows"
+        for what in _WHAT.values():
+            level = DENSE if what == _WHAT["state"] else SPARSE
+            yield rows_module(storage, _REGIMES[-1][1], level, what), "rows"
         for formula in _FORMULAS:
             yield Module(storage, ELEMENTS, (("XCE_FORMULA", formula),)), "elements"
+    for output in ("float16", "bfloat16"):
+        for level in (SPARSE, DENSE, FULL):
+            yield rows_module("float32", _REGIMES[-1][1], level, output=output), "rows"
     for storage in ("float32", "float64"):
         yield Module(storage, SUMS, (("XCE_SUMS", "1"),)), "partial_sums"
+    yield ARRAYS, "scan"

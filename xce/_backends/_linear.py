@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from xce._backends import numpy as backend
+from xce._backends._numbers import LABEL_KINDS, is_beyond
 from xce._call import Call, LinearCall
 
 # Tuning, measured on two cores of an AMD EPYC (Zen 4) with OpenBLAS, float32, width 512, 32000 classes: milliseconds of
@@ -97,10 +98,10 @@ def _precision(loss: Call) -> tuple[np.dtype[Any], float]:
     weight, sample_weight = (
         None if w is None else np.ascontiguousarray(backend._cast(w, dtype)) for w in (loss.weight, loss.sample_weight)
     )
-    kind = backend._LABEL_KINDS.get(loss.target.dtype, 0)
+    kind = LABEL_KINDS.get(loss.target.dtype, 0)
     labels = loss.target if kind else None
     denominator = backend._denominator(kernels, loss, labels, kind, weight, sample_weight)
-    return np.dtype("float64") if backend._is_beyond(denominator) else dtype, denominator
+    return np.dtype("float64") if is_beyond(denominator) else dtype, denominator
 
 
 def _chunk_rows(call: LinearCall, dtype: np.dtype[Any]) -> int:

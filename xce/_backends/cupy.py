@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -15,14 +16,16 @@ except ImportError as missing:
         "computing on a GPU takes the arrays of CuPy, which is missing: pip install 'xce[cuda13]'"
     ) from missing
 
-from xce._backends import _cuda, _cuda_scale
-from xce._backends._scan import scan_labels, scan_values
+from xce._backends import _cuda, _cuda_linear, _cuda_scale
 from xce._call import LinearCall
 
-__all__ = ["place", "run", "run_linear", "scan_labels", "scan_values", "view", "wrap"]
+__all__ = ["from_numpy", "place", "run", "run_linear", "scan_labels", "scan_values", "to_numpy", "view", "wrap"]
 
 # The same bits as on a CPU as far as they go: nothing is contracted. CuPy adds -ftz=true, so subnormals are 0.
 _OPTIONS = ("-std=c++20", "-DXCE_CUDA", "--fmad=false")
+# CUBLAS_DEFAULT_MATH, which has no TF32, with CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION: parts of a sum are
+# added in float32, whatever the result is rounded to.
+_MATH_MODE = 16
 _SHARED_BYTES = 64 << 10  # of a block: three of them share a multiprocessor of compute capability 9.0
 
 
@@ -33,10 +36,12 @@ class _Device:
     sum_threads = 256
 
     def __init__(self, number: int) -> None:
-        attributes = cupy.cuda.Device(number).attributes
-        self.shared_bytes = min(_SHARED_BYTES, attributes["MaxSharedMemoryPerBlockOptin"] - 2048)
-        self.has_clusters = attributes["ComputeCapabilityMajor"] >= 9
-        self.processors = attributes["MultiProcessorCount"]
+        device = cupy.cuda.Device(number)
+        self.memory_bytes = device.mem_info[1]
+        self.shared_bytes = min(_SHARED_BYTES, device.attributes["MaxSharedMemoryPerBlockOptin"] - 2048)
+        self.has_clusters = int(device.compute_capability[:-1]) >= 9  # "90"; the attributes do not have it
+        self.processors = device.attributes["MultiProcessorCount"]
+        self._number = number
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         return cupy.empty(shape, dtype)
@@ -44,19 +49,36 @@ class _Device:
     def pointer(self, x: Any) -> int:
         return int(x.data.ptr)
 
-    def sum(self, x: Any) -> Any:
-        return cupy.sum(x, dtype=np.float64, keepdims=True)
+    def to_numpy(self, x: Any) -> Any:
+        return cupy.asnumpy(x)
 
-    def mean(self, x: Any, axis: int) -> Any:
-        return cupy.mean(x, axis, dtype=np.float64).astype(x.dtype)
+    def gemm(self, product: _cuda.Product) -> None:
+        p, compute = product, np.float64 if product.out_dtype == np.float64 else np.float32
+        kind, out_kind = _blas_type(p.dtype), _blas_type(p.out_dtype)
+        alpha, beta = np.array(p.alpha, compute), np.array(p.beta, compute)  # read during the call
+        cublas, handle = cupy.cuda.cublas, cupy.cuda.device.get_cublas_handle()  # this thread's; gemmEx sets the stream
+        how = cublas.CUBLAS_COMPUTE_64F if compute == np.float64 else cublas.CUBLAS_COMPUTE_32F
+        mode = cublas.getMathMode(handle)
+        cublas.setMathMode(handle, _MATH_MODE)
+        try:
+            cublas.gemmEx(
+                handle, int(p.transpose_a), int(p.transpose_b), p.m, p.n, p.k, alpha.ctypes.data, p.a, kind, p.lda,
+                p.b, kind, p.ldb, beta.ctypes.data, p.c, out_kind, p.ldc, how, cublas.CUBLAS_GEMM_DEFAULT,
+            )  # fmt: skip
+        finally:
+            cublas.setMathMode(handle, mode)
 
     def launch(
         self, module: _cuda.Module, kernel: str, grid: int, block: tuple[int, int], shared: int, job: Any
     ) -> None:
-        function = _module(module).get_function(kernel)
-        if shared > 48 << 10:
-            function.max_dynamic_shared_size_bytes = shared
-        function((grid,), block, (job,), shared_mem=shared)
+        # an array of one entry is passed by value
+        _function(module, kernel, self._number)((grid,), block, (job,), shared_mem=shared)
+
+
+def _blas_type(dtype: Any) -> int:
+    runtime = cupy.cuda.runtime
+    codes = {"float16": runtime.CUDA_R_16F, "float32": runtime.CUDA_R_32F, "float64": runtime.CUDA_R_64F}
+    return int(codes.get(str(dtype), runtime.CUDA_R_16BF))
 
 
 @cache
@@ -64,11 +86,22 @@ def _device(number: int) -> _Device:
     return _Device(number)
 
 
+@contextmanager
+def _entered(x: Any) -> Iterator[_Device]:
+    """The device of an array, which becomes the current one."""
+    with cupy.cuda.Device(x.device.id):
+        yield _device(x.device.id)
+
+
 @cache
-def _module(module: _cuda.Module) -> Any:
+def _function(module: _cuda.Module, kernel: str, number: int) -> Any:
+    """A kernel, compiled for the current device, whose number this is."""
     definitions = (f"-D{name}={value}" for name, value in module.definitions)
     options = (*_OPTIONS, f"-DXCE_STORAGE_{module.storage}", *definitions)
-    return cupy.RawModule(code=_cuda.text(*module.files), options=options)
+    function = cupy.RawModule(code=_cuda.text(*module.files), options=options).get_function(kernel)
+    if "XCE_GROUP" in dict(module.definitions):  # more than 48 KiB must be asked for, once, not by every launch
+        function.max_dynamic_shared_size_bytes = _device(number).shared_bytes
+    return function
 
 
 def place(x: Any) -> AbstractContextManager[Any] | None:
@@ -95,17 +128,42 @@ def wrap(result: Any) -> Any:
     return result
 
 
+def to_numpy(x: Any) -> Any:
+    """Return a copy of `x` on the host."""
+    return cupy.asnumpy(x)
+
+
+def from_numpy(x: Any, like: Any) -> Any:
+    """Return a copy of `x` where `like` is."""
+    with _entered(like):
+        return cupy.asarray(x, blocking=True)
+
+
+def scan_labels(target: Any, n_classes: int, ignore_index: int) -> int:
+    """Return the flat C-order index of the first label outside 0..n_classes-1 that is not ignored, or -1."""
+    with _entered(target) as device:
+        return _cuda.scan_labels(target, n_classes, ignore_index, device)
+
+
+def scan_values(values: Any, low: float, high: float | None) -> int:
+    """Return the flat C-order index of the first entry outside low..high (None: infinite), or NaN; or -1."""
+    with _entered(values) as device:
+        return _cuda.scan_values(values, low, high, device)
+
+
 def run(call: Any) -> Any:
     """Compute a `Call` or an `ElementCall`."""
-    with place(call.logits) or nullcontext():
-        return _cuda.run(call, _device(call.logits.device.id))
+    with _entered(call.logits) as device:
+        return _cuda.run(call, device)
 
 
 def scale(x: Any, factor: Any) -> None:
     """Multiply an array, in C order and aligned to 16 bytes, by an array of one float64, in place."""
-    _cuda_scale.scale(x, factor, _device(x.device.id))
+    with _entered(x) as device:
+        _cuda_scale.scale(x, factor, device)
 
 
-def run_linear(call: LinearCall) -> NoReturn:
-    """Refuse `call`."""
-    raise NotImplementedError("linear_cross_entropy has no GPU kernels yet: copy the arrays to the CPU first")
+def run_linear(call: LinearCall) -> Any:
+    """Compute `call`."""
+    with _entered(call.inputs) as device:
+        return _cuda_linear.run(call, device)

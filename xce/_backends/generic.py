@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from xce import _reference
 from xce._backends._scan import scan_labels, scan_values
 from xce._call import Call, LinearCall
 
-__all__ = ["place", "run", "run_linear", "scan_labels", "scan_values", "view", "wrap"]
+__all__ = ["place", "run", "run_linear", "scan_labels", "scan_values", "to_numpy", "view", "wrap"]
 
 
 def place(x: Any) -> None:
@@ -18,6 +20,11 @@ def place(x: Any) -> None:
 def view(x: Any, name: str) -> Any:
     """Return `x`: the reference computes on the caller's own arrays."""
     return x
+
+
+def to_numpy(x: Any) -> Any:
+    """Return `x` as an array of NumPy."""
+    return np.asarray(x)
 
 
 def wrap(result: Any) -> Any:

@@ -10,27 +10,31 @@ import numpy as np
 
 from xce import _cpu, _threads
 from xce._backends import _scan
+from xce._backends._numbers import (
+    FLOAT32,
+    FLOAT64,
+    LABEL_KINDS,
+    LARGEST,
+    NUMBER_KINDS,
+    SMALLEST,
+    common_dtype,
+    distinct,
+    has_options_beyond,
+    in_wider,
+    is_beyond,
+    is_plain,
+)
 from xce._call import Call, LinearCall, LogitStats, dtype_name
 from xce._elements import ElementCall
 
-__all__ = ["place", "run", "run_linear", "scan_labels", "scan_values", "view", "wrap"]
+__all__ = ["from_numpy", "place", "run", "run_linear", "scan_labels", "scan_values", "to_numpy", "view", "wrap"]
 
 # what `run` of the kernels is to compute
 _LOSS, _SOFTMAX, _LOG_SOFTMAX, _LOGSUMEXP, _STATS, _STATE, _NLL = range(7)
 _MAPS = {"softmax": _SOFTMAX, "log_softmax": _LOG_SOFTMAX}
 
-# size in bytes, negative for a signed type
-_LABEL_KINDS = {
-    np.dtype(f"{sign}int{8 * size}"): size * (1 if sign else -1) for sign in ("u", "") for size in (1, 2, 4, 8)
-}
-# the same of the numbers that the kernels of single elements read, besides their own
-_NUMBER_KINDS = _LABEL_KINDS | {np.dtype(bool): 17, np.dtype(np.float32): 20, np.dtype(np.float64): 24}
-
-_SMALLEST, _LARGEST = 1e-30, 1e30  # what float32 computes with, far from its ends
 _PORTION = 1 << 24  # labels between two looks for Ctrl-C
 
-_PLAIN = (0.0, 1.0, None, 0.0)  # the real options of a `Call`, if nothing is asked for
-_FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 _KERNELS: dict[np.dtype[Any], tuple[ModuleType, np.dtype[Any]]] = {}
 
 
@@ -43,6 +47,16 @@ def view(x: Any, name: str) -> Any:
     return np.asarray(x)
 
 
+def to_numpy(x: Any) -> Any:
+    """Return `x`."""
+    return x
+
+
+def from_numpy(x: Any, like: Any) -> Any:
+    """Return `x`."""
+    return x
+
+
 def wrap(result: Any) -> Any:
     """Return `result`, a NumPy scalar instead of a 0-d array."""
     return result[()] if isinstance(result, np.ndarray) and result.ndim == 0 else result
@@ -51,7 +65,7 @@ def wrap(result: Any) -> Any:
 def scan_labels(target: Any, n_classes: int, ignore_index: int) -> int:
     """Return the flat C-order index of the first label outside 0..n_classes-1 that is not ignored, or -1."""
     labels = target if target.ndim == 1 else target.reshape(-1)
-    scan, kind = _cpu.kernels("float32").scan_labels, _LABEL_KINDS[target.dtype]
+    scan, kind = _cpu.kernels("float32").scan_labels, LABEL_KINDS[target.dtype]
     if labels.size <= _PORTION:
         return scan(labels, kind, n_classes, ignore_index)  # type: ignore[no-any-return]
     for start in range(0, labels.size, _PORTION):
@@ -63,10 +77,10 @@ def scan_labels(target: Any, n_classes: int, ignore_index: int) -> int:
 
 def scan_values(values: Any, low: float, high: float | None) -> int:
     """Return the flat C-order index of the first entry outside low..high (None: infinite), or NaN; or -1."""
-    if values.dtype.itemsize == 2 and values.dtype not in _NUMBER_KINDS:
+    if values.dtype.itemsize == 2 and values.dtype not in NUMBER_KINDS:
         kernels, kind = _cpu.kernels(dtype_name(values.dtype)), 0
     else:  # whole numbers too, which float64 holds or rounds to others out of any range
-        kernels, kind = _cpu.kernels("float64" if values.dtype != _FLOAT32 else "float32"), _NUMBER_KINDS[values.dtype]
+        kernels, kind = _cpu.kernels("float64" if values.dtype != FLOAT32 else "float32"), NUMBER_KINDS[values.dtype]
     n_threads = 1 if values.size < _threads.SERIAL_BELOW else _threads.team(None, values.size)
     highest = np.inf if high is None else high
     return kernels.scan_range(values, kind, low, highest, high is None, n_threads)  # type: ignore[no-any-return]
@@ -78,8 +92,8 @@ def run(call: Any) -> Any:
     kernels, scalar = _KERNELS.get(logits.dtype) or _load(logits.dtype)
     if call.op == "element":
         return _elements(call, kernels, scalar)
-    if scalar is not _FLOAT64 and not _is_plain(call) and _is_beyond_float32(call):
-        return _in_wider(call, _FLOAT64)
+    if scalar is not FLOAT64 and not is_plain(call) and _is_beyond_float32(call):
+        return _in_wider(call, FLOAT64)
     return _RUN[call.op](call, kernels, scalar)
 
 
@@ -93,7 +107,7 @@ def run_linear(call: LinearCall) -> Any:
 def _load(dtype: np.dtype[Any]) -> tuple[ModuleType, np.dtype[Any]]:
     """The kernels of a storage type, and the type that they compute in."""
     name = dtype_name(dtype)
-    _KERNELS[dtype] = found = _cpu.kernels(name), _FLOAT64 if name == "float64" else _FLOAT32
+    _KERNELS[dtype] = found = _cpu.kernels(name), FLOAT64 if name == "float64" else FLOAT32
     return found
 
 
@@ -109,13 +123,13 @@ def _loss(call: Call, kernels: ModuleType, scalar: np.dtype[Any]) -> Any:
         temperature, softcap, z_loss, reduction, return_grad, return_hess, grad, hess, n_threads, *_,
     ) = call
     # fmt: on
-    kind, what, phis = _LABEL_KINDS.get(target.dtype, 0), _LOSS, kernels.PHI
+    kind, what, phis = LABEL_KINDS.get(target.dtype, 0), _LOSS, kernels.PHI
     label, q, q_is_scalar = (target, None, False) if kind else (None, target, False)
     indices = call.teacher_indices
     if op == "nll":
         what = _NLL
     elif op == "distillation":
-        phis, common = kernels.DIVERGENCES, _common(logits.dtype, target.dtype)
+        phis, common = kernels.DIVERGENCES, common_dtype(logits.dtype, target.dtype)
         if common != logits.dtype:
             return _in_wider(call, common)
         q = _cast(target, common)
@@ -128,8 +142,8 @@ def _loss(call: Call, kernels: ModuleType, scalar: np.dtype[Any]) -> Any:
     denominator, value = 1.0, None
     if reduction == "mean":
         denominator = _denominator(kernels, call, label, kind, weight, sample_weight)
-        if not _SMALLEST < denominator < _LARGEST and _is_beyond(denominator) and scalar is not _FLOAT64:
-            return _in_wider(call, _FLOAT64)
+        if not SMALLEST < denominator < LARGEST and is_beyond(denominator) and scalar is not FLOAT64:
+            return _in_wider(call, FLOAT64)
     elif reduction == "none":
         value = np.empty(_rows(call), scalar)
     if return_grad and grad is None:
@@ -144,7 +158,7 @@ def _loss(call: Call, kernels: ModuleType, scalar: np.dtype[Any]) -> Any:
             ignore_index, label_smoothing, temperature, softcap or 0.0, z_loss,
             1.0 / denominator if denominator else 0.0, value, grad, hess, None, None, None, None, None,
             1 if size < _threads.SERIAL_BELOW else _threads.team(n_threads, size),
-            indices, 0 if indices is None else _LABEL_KINDS[indices.dtype],
+            indices, 0 if indices is None else LABEL_KINDS[indices.dtype],
         )  # fmt: skip
     if value is not None:
         return value, grad, hess
@@ -153,57 +167,30 @@ def _loss(call: Call, kernels: ModuleType, scalar: np.dtype[Any]) -> Any:
     return _scalar(total, scalar), grad, hess
 
 
-def _common(a: np.dtype[Any], b: np.dtype[Any]) -> np.dtype[Any]:
-    """The type that two arrays of logits are computed on in."""
-    if a == b:
-        return a
-    return _FLOAT64 if _FLOAT64 in (a, b) else _FLOAT32
-
-
 def _scalar(total: float, scalar: np.dtype[Any]) -> Any:
     """A reduced loss in its type, infinite if that does not hold it."""
-    if abs(total) <= _LARGEST:
+    if abs(total) <= LARGEST:
         return scalar.type(total)
     with np.errstate(over="ignore"):
         return np.float64(total).astype(scalar)
 
 
-def _is_beyond(x: float) -> bool:
-    """Whether float32 cannot hold a number, or its reciprocal, to full precision."""
-    return 0 < x < np.inf and not _SMALLEST < x < _LARGEST
-
-
-def _is_plain(call: Call) -> bool:
-    return (
-        call[10:14] == _PLAIN and call.weight is None and call.sample_weight is None and not _is_beyond(call.phi_param)
-    )
-
-
 def _is_beyond_float32(call: Call) -> bool:
-    options = call.phi_param, call.label_smoothing, call.temperature, call.softcap or 0.0, call.z_loss
-    return any(map(_is_beyond, options)) or _has_beyond(call.weight, call.sample_weight)
+    return has_options_beyond(call) or _has_beyond(call.weight, call.sample_weight)
 
 
 def _has_beyond(*weights: Any) -> bool:
     for weight in weights:
         if weight is not None and weight.dtype == np.float64 and weight.size:
-            weight = _distinct(weight)
+            weight = distinct(weight)
             smallest = weight.min(where=weight > 0, initial=1.0)
-            if _is_beyond(float(smallest)) or _is_beyond(float(weight.max())):
+            if is_beyond(float(smallest)) or is_beyond(float(weight.max())):
                 return True
     return False
 
 
 def _in_wider(call: Any, dtype: np.dtype[Any]) -> Any:
-    """A call with numbers that only a wider type holds; the results are rounded to what they would have been."""
-    logits = _cast(call.logits, dtype)
-    result = run(call._replace(logits=logits, grad_out=None, hess_out=None))
-    if call.op in _MAPS:
-        return _narrow(result, call.logits, call.grad_out)
-    loss, grad, hess = result
-    with np.errstate(all="ignore"):
-        loss = loss.astype(_FLOAT64 if call.logits.dtype == _FLOAT64 else _FLOAT32)
-    return loss, _narrow(grad, call.logits, call.grad_out), _narrow(hess, call.logits, call.hess_out)
+    return in_wider(call, dtype, run, _cast, _narrow)
 
 
 def _narrow(x: Any, logits: Any, out: Any) -> Any:
@@ -283,7 +270,7 @@ def _run_rows(
     if call.logits.size:
         kernels.run(
             what, 0, 0.0, call.logits, call.axis, call.target,
-            0 if call.target is None else _LABEL_KINDS[call.target.dtype], None, call.where, call.weight, None,
+            0 if call.target is None else LABEL_KINDS[call.target.dtype], None, call.where, call.weight, None,
             False, call.ignore_index, 0.0, call.temperature, call.softcap or 0.0, 0.0, 1.0, value, grad, None,
             label_logit, top, rank, spread, linear, _threads.team(call.n_threads, call.logits.size),
         )  # fmt: skip
@@ -303,28 +290,25 @@ def _state(call: Call, kernels: ModuleType, scalar: np.dtype[Any]) -> tuple[Any,
     weight = None if call.weight is None else np.ascontiguousarray(_cast(call.weight, scalar))
     call = call._replace(weight=weight)
     _run_rows(call, kernels, _STATE, value=top, spread=rest, label_logit=label_logit, linear=linear)
-    # rows of -inf only: nothing to add, unless a NaN hides there
-    empty = (top == -np.inf) & ~np.isnan(_scan.widen(call.logits)).any(axis=call.axis)
-    rest[empty], linear[empty] = -1, 0
     return top, rest, label_logit, linear
 
 
 def _elements(call: ElementCall, kernels: ModuleType, scalar: np.dtype[Any]) -> Any:
     x, y, axis = call.logits, call.target, call.axis
     pos_weight, weight, sample_weight = call.pos_weight, call.weight, call.sample_weight
-    if scalar is not _FLOAT64 and any(map(_is_beyond, call.params)):
-        return _in_wider(call, _FLOAT64)
+    if scalar is not FLOAT64 and any(map(is_beyond, call.params)):
+        return _in_wider(call, FLOAT64)
     if not (pos_weight is weight is sample_weight is None):
-        if scalar is not _FLOAT64 and _has_beyond(pos_weight, weight, sample_weight):
-            return _in_wider(call, _FLOAT64)
+        if scalar is not FLOAT64 and _has_beyond(pos_weight, weight, sample_weight):
+            return _in_wider(call, FLOAT64)
         pos_weight, weight, sample_weight = (
             w if w is None else _cast_broadcast(w, scalar) for w in (pos_weight, weight, sample_weight)
         )
     kind = 0
     if y.dtype != x.dtype:
-        kind = _NUMBER_KINDS.get(y.dtype, 0)
+        kind = NUMBER_KINDS.get(y.dtype, 0)
         if not kind:  # the other type of 16 bits
-            y, kind = _cast(y, scalar), _NUMBER_KINDS[scalar]
+            y, kind = _cast(y, scalar), NUMBER_KINDS[scalar]
     per_row = 1 if axis is None else x.shape[axis]
     denominator = float(per_row)
     if call.reduction in ("mean", "batchmean"):
@@ -332,8 +316,8 @@ def _elements(call: ElementCall, kernels: ModuleType, scalar: np.dtype[Any]) -> 
         if call.reduction == "batchmean":
             per_batch = math.prod(x.shape[1:])
             denominator = denominator / per_batch if per_batch else float(len(x))
-        if scalar is not _FLOAT64 and _is_beyond(denominator):
-            return _in_wider(call, _FLOAT64)
+        if scalar is not FLOAT64 and is_beyond(denominator):
+            return _in_wider(call, FLOAT64)
     grad = np.empty_like(x, subok=False) if call.return_grad and call.grad_out is None else call.grad_out
     hess = np.empty_like(x, subok=False) if call.return_hess and call.hess_out is None else call.hess_out
     value, row = None, 0
@@ -359,19 +343,14 @@ def _elements(call: ElementCall, kernels: ModuleType, scalar: np.dtype[Any]) -> 
 
 def _cast_broadcast(x: Any, dtype: np.dtype[Any]) -> Any:
     """`x` in a floating type, entries that share their memory still sharing it."""
-    return x if x.dtype == dtype else np.broadcast_to(_cast(_distinct(x), dtype), x.shape)
+    return x if x.dtype == dtype else np.broadcast_to(_cast(distinct(x), dtype), x.shape)
 
 
 def _sum(x: Any) -> float:
     """The sum of a broadcast array, always added in the same order."""
-    distinct = np.require(_distinct(x), requirements=["C", "A"])
-    repetitions = int(x.size) // max(int(distinct.size), 1)
-    return float(np.sum(distinct, dtype=np.float64)) * repetitions
-
-
-def _distinct(x: Any) -> Any:
-    """Without the repetitions of axes whose stride is 0."""
-    return x[..., *(slice(None) if stride else slice(0, 1) for stride in x.strides)] if x.size else x
+    once = np.require(distinct(x), requirements=["C", "A"])
+    repetitions = int(x.size) // max(int(once.size), 1)
+    return float(np.sum(once, dtype=np.float64)) * repetitions
 
 
 _RUN = {

@@ -1,0 +1,46 @@
+/* Where entries lie, and the labels that lie there: what every kernel reads. */
+#ifndef XCE_PLACES_H
+#define XCE_PLACES_H
+
+XCE_FAR int64_t walk(const int64_t *shape, int axes, const int64_t *strides, int64_t flat) /* any number of axes */
+{
+    int64_t offset = 0;
+    for (int a = axes - 1; a > 0; a--) {
+        offset += flat % shape[a] * strides[a];
+        flat /= shape[a];
+    }
+    return offset + flat * strides[0];
+}
+
+XCE_FN int64_t read_integer(const char *p, int kind)
+{
+    switch (kind) {
+    case -1: return *(const signed char *)p;
+    case -2: return *(const short *)p;
+    case -4: return *(const int32_t *)p;
+    case 1: return *(const unsigned char *)p;
+    case 2: return *(const uint16_t *)p;
+    case 4: return *(const uint32_t *)p;
+    default: return *(const int64_t *)p;
+    }
+}
+
+struct label_of_row {
+    int status;
+    int64_t value; /* -1: none */
+};
+
+XCE_FN label_of_row read_label(const char *p, int kind, int64_t n_classes, int64_t ignore_index)
+{
+    label_of_row y = {INVALID, -1};
+    int64_t value = read_integer(p, kind);
+    if (kind == 8 && value < 0) /* above the largest int64: neither a class nor ignore_index */
+        return y;
+    if (value == ignore_index)
+        y.status = IGNORED;
+    else if (value >= 0 && value < n_classes)
+        y.status = ACTIVE, y.value = value;
+    return y;
+}
+
+#endif

@@ -1,0 +1,73 @@
+"""What the backends with kernels share: which numbers these read, and what float32 is too narrow for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+
+# size in bytes, negative for a signed type
+LABEL_KINDS = {
+    np.dtype(f"{sign}int{8 * size}"): size * (1 if sign else -1) for sign in ("u", "") for size in (1, 2, 4, 8)
+}
+# the same of the numbers that the kernels of single elements read, besides their own
+NUMBER_KINDS = LABEL_KINDS | {np.dtype(bool): 17, FLOAT32: 20, FLOAT64: 24}
+
+SMALLEST, LARGEST = 1e-30, 1e30  # what float32 computes with, far from its ends
+_PLAIN = (0.0, 1.0, None, 0.0)  # the real options of a `Call`, if nothing is asked for
+
+
+def common_dtype(a: Any, b: Any) -> np.dtype[Any]:
+    """The type that two arrays of logits are computed on in."""
+    if a == b:
+        return a  # type: ignore[no-any-return]
+    return FLOAT64 if FLOAT64 in (a, b) else FLOAT32
+
+
+def is_beyond(x: float) -> bool:
+    """Whether float32 cannot hold a number, or its reciprocal, to full precision."""
+    return 0 < x < np.inf and not SMALLEST < x < LARGEST
+
+
+def is_plain(call: Any) -> bool:
+    """Whether a `Call` has no numbers but the logits."""
+    return (
+        call[10:14] == _PLAIN and call.weight is None and call.sample_weight is None and not is_beyond(call.phi_param)
+    )
+
+
+def has_options_beyond(call: Any) -> bool:
+    """Whether an option of a `Call` is beyond float32."""
+    options = call.phi_param, call.label_smoothing, call.temperature, call.softcap or 0.0, call.z_loss
+    return any(map(is_beyond, options))
+
+
+def in_wider(
+    call: Any,
+    dtype: np.dtype[Any],
+    run: Callable[[Any], Any],
+    cast: Callable[[Any, np.dtype[Any]], Any],
+    narrow: Callable[[Any, Any, Any], Any],
+) -> Any:
+    """A call with numbers that only a wider type holds; the results are rounded to what they would have been.
+
+    `cast` returns an array in a floating type of the computation; ``narrow(x, logits, out)`` returns x (or None) in
+    the type of the logits, in the buffer `out` if there is one.
+    """
+    logits = call.logits
+    result = run(call._replace(logits=cast(logits, dtype), grad_out=None, hess_out=None))
+    if call.op == "state":  # is for the host, which computes in float64
+        return result
+    if not isinstance(result, tuple):  # a map
+        return narrow(result, logits, call.grad_out)
+    loss, grad, hess = result
+    own = FLOAT64 if logits.dtype == FLOAT64 else FLOAT32
+    return cast(loss, own), narrow(grad, logits, call.grad_out), narrow(hess, logits, call.hess_out)
+
+
+def distinct(x: Any) -> Any:
+    """Without the repetitions of axes whose stride is 0."""
+    return x[..., *(slice(None) if stride else slice(0, 1) for stride in x.strides)] if x.size else x
