@@ -12,6 +12,7 @@
 #define XCE_EMULATED
 #define __device__
 #define __global__
+#define __grid_constant__
 #define __forceinline__ inline __attribute__((always_inline, unused))
 #define __noinline__ __attribute__((noinline, unused))
 #define __align__(n) __attribute__((aligned(n)))

@@ -15,15 +15,62 @@ from unittest import mock
 import numpy as np
 import pytest
 from cases import LOSSES, TARGETS_OF_LOSSES, Case, combinations, problem
-from checks import FLAGS, check_loss, check_maps, check_stats, dtype_of, every_target, same_bits
+from checks import (
+    DTYPES,
+    FLAGS,
+    LAYOUTS,
+    assert_close,
+    check_loss,
+    check_maps,
+    check_stats,
+    dtype_of,
+    every_target,
+    reference,
+    same_bits,
+)
 
 emulated = pytest.importorskip("emulated")
 if emulated.COMPILER is None:
     pytest.skip("needs a C++ compiler, to run the kernels of CUDA", allow_module_level=True)
 
+# What is asked of NumPy arrays where the kernels are not the point: collected here, too, and run on the emulated GPU.
+from test_errors import (  # noqa: E402
+    test_a_buffer_shares_memory_with_another_argument,  # noqa: F401
+    test_buffers_are_written_and_returned,  # noqa: F401
+    test_buffers_that_do_not_fit,  # noqa: F401
+    test_errors,  # noqa: F401
+)
+from test_kernels import (  # noqa: E402
+    test_a_bad_label_is_bad_whatever_its_row_weighs,  # noqa: F401
+    test_a_sum_beyond_float32_is_infinite,  # noqa: F401
+    test_all_rows_ignored_and_weights_of_zero,  # noqa: F401
+    test_as_many_dimensions_as_numpy_has,  # noqa: F401
+    test_broadcast_arguments,  # noqa: F401
+    test_no_rows,  # noqa: F401
+    test_numbers_that_float32_does_not_hold,  # noqa: F401
+    test_targets_are_more_precise_than_logits,  # noqa: F401
+    test_the_denominator_does_not_depend_on_layout,  # noqa: F401
+    test_where_of_nan_rows,  # noqa: F401
+)
+from test_losses import (  # noqa: E402
+    test_a_weight_of_zero_removes_anything,  # noqa: F401
+    test_denominators,  # noqa: F401
+    test_masks_and_counts_are_sample_weights,  # noqa: F401
+    test_other_weights_of_zero,  # noqa: F401
+    test_scalars_and_many_axes,  # noqa: F401
+    test_student_and_teacher_of_different_types,  # noqa: F401
+    test_weights_that_float32_cannot_divide_by,  # noqa: F401
+)
+from test_state import (  # noqa: E402
+    test_a_grid_of_batches_and_shards_merges_in_any_order,  # noqa: F401
+    test_a_shard_of_infinities_with_smoothing,  # noqa: F401
+    test_shards_agree_with_whole_rows,  # noqa: F401
+    test_whole_rows_stream_in_batches,  # noqa: F401
+)
+
 import xce  # noqa: E402
 from xce import _dispatch  # noqa: E402
-from xce._backends import _cuda  # noqa: E402
+from xce._backends import _cuda, _scan  # noqa: E402
 
 SANITIZED = bool(os.environ.get("XCE_SANITIZE"))
 Regime = _cuda.Regime
@@ -120,6 +167,123 @@ def test_every_run_has_the_same_bits() -> None:
     for value, grad in runs[1:]:
         same_bits(value, runs[0][0])
         same_bits(grad, runs[0][1])
+
+
+INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+PLACES = tuple(LAYOUTS.values())
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_the_first_bad_label_is_found(dtype: str, rng: np.random.Generator) -> None:
+    limits = np.iinfo(dtype)
+    for place, shape in itertools.product(PLACES, ((), (1,), (3, 97), (2, 3, 2), (0, 4))):
+        for n_classes, ignore_index in ((3, -100), (3, 200), (100, 1), (300, 5), (2**40, -1)):
+            labels = rng.integers(0, min(n_classes, limits.max), shape).astype(dtype)
+            for n_bad in (0, 1, 3):
+                for bad in (limits.min, limits.max, n_classes, ignore_index):
+                    flat = labels.reshape(-1).copy()
+                    if flat.size and limits.min <= bad <= limits.max:
+                        flat[rng.integers(0, flat.size, n_bad)] = bad
+                    y = place(flat.reshape(shape)) if shape else flat.reshape(shape)
+                    found = emulated.scan_labels(y, n_classes, ignore_index)
+                    assert found == _scan.scan_labels(y, n_classes, ignore_index)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "bool", *INTEGERS])
+def test_the_first_bad_value_is_found(dtype: str, rng: np.random.Generator) -> None:
+    ranges = ((0.0, math.inf), (0.0, None), (0.0, 1.0), (-1.0, 1.0))
+    special = (math.nan, math.inf, -math.inf, -1e-45, -5e-324, 1e-45, -0.0, 1.5, -1.0, -0.5)
+    for place, (low, high) in itertools.product(PLACES, ranges):
+        x = rng.integers(0, 2, (3, 97)).astype(dtype_of(dtype))
+        for value in (*special, np.nextafter(np.float32(1), 2), np.nextafter(1.0, 2.0)):
+            if dtype in DTYPES:
+                x[rng.integers(3), rng.integers(97)] = value
+            assert emulated.scan_values(place(x), low, high) == _scan.scan_values(place(x), low, high)
+            x[...] = np.where(np.isfinite(x), np.abs(x) > 0.5, 0)
+        assert emulated.scan_values(np.zeros((0, 3), x.dtype), low, high) == -1
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("source", DTYPES)
+def test_conversions_are_those_of_numpy(source: str, kind: str, rng: np.random.Generator) -> None:
+    """Any numbers, ties and subnormal ones too; NumPy takes float64 to bfloat16 by way of float32, and so do we."""
+    bits = rng.integers(0, 2**64, 4096, dtype=np.uint64).view(np.float64)
+    sizes = 2.0 ** rng.uniform(-160, 140, 4096) * rng.choice([-1, 1], 4096)
+    ties = np.ldexp(1.0 + (2 * rng.integers(0, 2**9, 4096) + 1) * 2.0**-9, rng.integers(-150, 128, 4096))
+    halves = np.arange(2048) * 2.0**-25  # of the steps of float16 below its least normal number
+    near = np.nextafter(np.concatenate([ties, halves]), np.inf)
+    x = np.concatenate([bits, sizes, ties, halves, near, [0.0, -0.0, math.inf, -math.inf, math.nan, 2.0**-126]])
+    with np.errstate(all="ignore"):
+        x = x[: x.size // 6 * 6].astype(dtype_of(source)).reshape(-1, 6)
+        expected = x.astype(np.float32).astype(dtype_of(kind)) if kind == "bfloat16" else x.astype(kind)
+    for place in PLACES:
+        out = place(np.zeros(x.shape, dtype_of(kind)))
+        same_bits(_cuda._convert(emulated.DEVICE, place(x), out), expected)
+
+
+def test_weights_of_elements_beyond_float32() -> None:
+    """They are multiplied in float64, and their sum may be what float32 cannot divide by."""
+    x, y = np.array([[3, -1, 2]], np.float32), np.array([[0, 1, 1]])
+    for size, reduction in ((1e-60, "mean"), (1e-36, "mean"), (1e-36, "none"), (1e36, "none"), (1e60, "mean")):
+        options = {"sample_weight": size * np.array([[1.0, 2.0, 3.0]]), "reduction": reduction, **FLAGS}
+        results = xce.binary_cross_entropy_with_logits(x, y, **options)
+        expected = reference(xce.binary_cross_entropy_with_logits, x, y, **options)
+        for result, exact in zip(results, expected, strict=True):
+            assert_close(result, exact, 1e-6, 0)
+    pos_weight = np.array([1e-50, 1.0, 2.0])
+    for validate in (True, False):  # which alone may read it; otherwise it is what float32 makes of it
+        results = xce.binary_cross_entropy_with_logits(x, y, pos_weight=pos_weight, validate=validate, **FLAGS)
+        exact = reference(xce.binary_cross_entropy_with_logits, x, y, pos_weight=pos_weight, **FLAGS)
+        for result, wide in zip(results, exact, strict=True):
+            assert_close(result, wide, 1e-6, 0)
+
+
+def test_nothing_waits_for_the_device_without_validation() -> None:
+    x, y, _ = problem({}, shape=(5, 7), dtype=np.float32)
+    s, w = np.ones(5), np.ones(7)
+    with mock.patch.object(emulated.Emulated, "to_numpy", side_effect=AssertionError("waits")):
+        for options in ({}, {"sample_weight": s, "weight": w}, {"softcap": 1e-46}, {"label_smoothing": 0.1}):
+            xce.cross_entropy(x, y, validate=False, **options, **FLAGS)
+        xce.binary_cross_entropy_with_logits(x, x > 0, validate=False, sample_weight=s[:, None], pos_weight=w)
+        xce.multilabel_soft_margin_loss(x, x > 0, validate=False, weight=w, reduction="none")
+        xce.distillation_loss(x, x.astype(np.float64), validate=False)
+        xce.softmax(x)
+        xce.logit_stats(x, y, validate=False)
+        with pytest.raises(AssertionError, match="waits"):
+            xce.cross_entropy(x, y)
+
+
+def test_more_axes_than_a_kernel_knows(rng: np.random.Generator) -> None:
+    """Axes that do not join, more of them than fit into a job."""
+    x = rng.standard_normal((2,) * 10)[:, ::-1].transpose(3, 1, 8, 0, 9, 2, 7, 4, 6, 5).astype(np.float32)
+    y, s = rng.integers(0, 2, (2,) * 9), rng.random((2, 1) * 4 + (2,))
+    grad = np.empty_like(x).transpose(1, 0, 3, 2, 5, 4, 7, 6, 9, 8)
+    for options in ({"axis": 4}, {"sample_weight": s}):
+        found = check_loss(xce.cross_entropy, x, y, grad_out=grad, reduction="none", **options)
+        assert found[1] is grad
+    check_loss(xce.binary_cross_entropy_with_logits, x, (x > 0).astype(np.float32), grad_out=grad)
+    check_maps(x, axis=3)
+    bad = y.copy()
+    bad[(1,) * 9] = 2
+    with pytest.raises(xce.LabelError, match=r"target\[1, 1, 1, 1, 1, 1, 1, 1, 1\] = 2"):
+        xce.cross_entropy(x, bad)
+
+
+def test_the_means_of_rows(rng: np.random.Generator) -> None:
+    for axis, dtype in itertools.product((0, 1, 2), ("float32", "float64")):
+        x = rng.standard_normal((5, 40, 3)).astype(dtype)
+        for place in PLACES:
+            exact = np.mean(x, axis, dtype=np.float64)
+            np.testing.assert_allclose(_cuda._mean(emulated.DEVICE, place(x), axis), exact, 1e-6, 1e-7)
+    assert _cuda._mean(emulated.DEVICE, np.zeros((0, 3), "f4"), 1).shape == (0,)
+
+
+def test_a_state_whose_weights_float32_does_not_hold() -> None:
+    x, y, w = np.array([[0, 1, 2, -1]] * 3, np.float32), np.array([0, 1, 3]), np.array([1e-40, 1.0, 1.0, 2.0])
+    state = xce.LossState(4, weight=w, label_smoothing=0.1)
+    state.update(x[:, :2], y).update(x[:, 2:], y, 2)
+    expected = reference(xce.cross_entropy, x, y, weight=w, label_smoothing=0.1)
+    np.testing.assert_allclose(state.result(), expected, 1e-6)
 
 
 def test_the_cases_are_all_losses() -> None:

@@ -77,7 +77,7 @@ XCE_FN int64_t first_of_block(int64_t place)
 
 #if defined(XCE_ARRAYS)
 /* The flat index of the first bad entry that a block sees, or XCE_NOWHERE. */
-XCE_KERNEL(1) scan(array_job j)
+XCE_KERNEL(1) scan(XCE_JOB(array_job) j)
 {
     int64_t first = XCE_NOWHERE, step = (int64_t)gridDim.x * blockDim.x;
     for (int64_t flat = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; flat < j.n; flat += step)
@@ -88,7 +88,7 @@ XCE_KERNEL(1) scan(array_job j)
         ((int64_t *)j.out.data)[blockIdx.x] = first;
 }
 
-XCE_KERNEL(1) convert(array_job j)
+XCE_KERNEL(1) convert(XCE_JOB(array_job) j)
 {
     int64_t step = (int64_t)gridDim.x * blockDim.x;
     for (int64_t flat = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; flat < j.n; flat += step)
@@ -96,7 +96,7 @@ XCE_KERNEL(1) convert(array_job j)
                      read_double(j.x.data + place_of(j, j.x, flat), (int)j.x.kind));
 }
 
-XCE_KERNEL(1) sum_numbers(array_job j)
+XCE_KERNEL(1) sum_numbers(XCE_JOB(array_job) j)
 {
     double sum = 0;
     int64_t step = (int64_t)gridDim.x * blockDim.x;
@@ -108,7 +108,7 @@ XCE_KERNEL(1) sum_numbers(array_job j)
 }
 
 /* Means over the classes: a warp for each row or, where neighbouring rows lie side by side, a thread. */
-XCE_KERNEL(1) mean_of_rows(array_job j)
+XCE_KERNEL(1) mean_of_rows(XCE_JOB(array_job) j)
 {
     int64_t thread = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, threads = (int64_t)gridDim.x * blockDim.x;
     for (int64_t row = thread / j.lanes; row < j.n; row += threads / j.lanes) {

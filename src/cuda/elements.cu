@@ -19,12 +19,18 @@ template <class T> XCE_FN T read_number(const char *p, int kind)
 
 template <class Job> XCE_FN int64_t place_of(const Job &j, const numbers &a, int64_t flat)
 {
-    int64_t place = 0;
-    for (int k = (int)j.axes - 1; k > 0; k--) {
-        place += flat % j.shape[k] * a.strides[k];
-        flat /= j.shape[k];
-    }
-    return place + flat * a.strides[0];
+    return a.adjacent ? flat * a.strides[j.axes - 1] : walk(j.shape, (int)j.axes, a.strides, flat);
+}
+
+/* Entries that do not lie in a chunk of their own type, one by one: called, as a kernel has forty of them. */
+template <class T> XCE_FAR T read_one(const element_job &j, const numbers &a, int64_t flat)
+{
+    return read_number<T>(a.data + place_of(j, a, flat), (int)a.kind);
+}
+
+XCE_FAR void write_one(const element_job &j, const numbers &a, int64_t flat, scalar x)
+{
+    put<storage>(a.data + place_of(j, a, flat), x);
 }
 
 XCE_FN bool in_chunk(const element_job &j, const numbers &a, int64_t flat)
@@ -34,11 +40,13 @@ XCE_FN bool in_chunk(const element_job &j, const numbers &a, int64_t flat)
 
 template <class T> XCE_FN void read_numbers(const element_job &j, const numbers &a, int64_t flat, T missing, T *out)
 {
-    if (a.data && in_chunk(j, a, flat))
-        unpack(*(const chunk *)(a.data + flat * (int64_t)sizeof(storage)), out);
-    else
-        for (int i = 0; i < VEC; i++)
-            out[i] = a.data && flat + i < j.n ? read_number<T>(a.data + place_of(j, a, flat + i), (int)a.kind) : missing;
+    scalar x[VEC];
+    const bool is_chunk = a.data && in_chunk(j, a, flat);
+    if (is_chunk)
+        unpack(*(const chunk *)(a.data + flat * (int64_t)sizeof(storage)), x);
+#pragma unroll
+    for (int i = 0; i < VEC; i++)
+        out[i] = is_chunk ? (T)x[i] : a.data && flat + i < j.n ? read_one<T>(j, a, flat + i) : missing;
 }
 
 XCE_FN void write_numbers(const element_job &j, const numbers &a, int64_t flat, const scalar *in)
@@ -46,20 +54,28 @@ XCE_FN void write_numbers(const element_job &j, const numbers &a, int64_t flat, 
     if (in_chunk(j, a, flat))
         put_all<storage>(a.data + flat * (int64_t)sizeof(storage), in);
     else
-        for (int i = 0; i < VEC && flat + i < j.n; i++)
-            *(storage *)(a.data + place_of(j, a, flat + i)) = s_store(in[i]);
+#pragma unroll
+        for (int i = 0; i < VEC; i++)
+            if (flat + i < j.n)
+                write_one(j, a, flat + i, in[i]);
 }
 
 #if defined(XCE_FORMULA)
 #define XCE_ELEMENT XCE_PASTE(element_, XCE_FORMULA)
 
 /* Weights are multiplied in double: they may be, and so may their sum, what a float does not hold. */
-XCE_KERNEL(1) elements(element_job j)
+XCE_FN jet weigh_element(jet f, double factor, double scale)
+{
+    scalar slope = (scalar)(factor * scale);
+    jet g = {(scalar)(f.value * factor), f.d1 * slope, f.d2 * slope}, none = {0, 0, 0};
+    return factor == 0 ? none : g; /* whatever the element holds */
+}
+
+XCE_KERNEL(1) elements(XCE_JOB(element_job) j)
 {
     const bool has_weights = j.weight.data || j.sample.data;
-    double denominator = j.denominator ? *j.denominator : 1;
-    double scale = denominator != 0 ? j.factor / denominator : 0;
-    parameters with = {{(scalar)j.with[0], (scalar)j.with[1], (scalar)j.with[2]}};
+    const double scale = !j.denominator ? j.factor : *j.denominator != 0 ? j.factor / *j.denominator : 0;
+    const parameters with = {{(scalar)j.with[0], (scalar)j.with[1], (scalar)j.with[2]}};
     int64_t step = (int64_t)gridDim.x * blockDim.x * VEC;
     double sum = 0;
     for (int64_t flat = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC; flat < j.n; flat += step) {
@@ -72,29 +88,29 @@ XCE_KERNEL(1) elements(element_job j)
             read_numbers<double>(j, j.weight, flat, 1, weight);
             read_numbers<double>(j, j.sample, flat, 1, sample);
         }
+#pragma unroll
         for (int i = 0; i < VEC; i++) {
             jet f = XCE_ELEMENT(x[i], y[i], w[i], with);
-            double value = f.value;
-            scalar slope = (scalar)scale;
             if (has_weights) {
-                double factor = weight[i] * sample[i];
-                value *= factor, slope = (scalar)(factor * scale);
-                if (factor == 0) /* whatever the element holds */
-                    value = f.d1 = f.d2 = 0;
-            }
-            x[i] = (scalar)value;
-            g[i] = slope * f.d1;
-            h[i] = slope * f.d2;
-            if (flat + i < j.n)
-                sum += value;
+                if (flat + i < j.n && weight[i] * sample[i] != 0)
+                    sum += f.value * (weight[i] * sample[i]);
+                f = weigh_element(f, weight[i] * sample[i], scale);
+            } else
+                f.d1 = f.d1 * (scalar)scale, f.d2 = f.d2 * (scalar)scale;
+            x[i] = flat + i < j.n ? f.value : 0, g[i] = f.d1, h[i] = f.d2;
         }
+        if (!has_weights)
+            sum += sum_of(x);
         if (j.grad.data)
             write_numbers(j, j.grad, flat, g);
         if (j.hess.data)
             write_numbers(j, j.hess, flat, h);
-        if (j.value.data)
-            for (int i = 0; i < VEC && flat + i < j.n; i++)
-                ((scalar *)j.value.data)[flat + i] = x[i];
+        if (j.value.data) {
+#pragma unroll
+            for (int i = 0; i < VEC; i++)
+                if (flat + i < j.n)
+                    ((scalar *)j.value.data)[flat + i] = x[i];
+        }
     }
     sum = sum_of_block(sum);
     if (threadIdx.x == 0)

@@ -18,13 +18,7 @@ typedef struct {
 
 XCE_FN char *range_row(const row_range &r, int64_t row)
 {
-    char *p = r.data;
-    row += r.first;
-    for (int a = (int)r.axes - 1; a > 0; a--) {
-        p += row % r.shape[a] * r.strides[a];
-        row /= r.shape[a];
-    }
-    return p + row * r.strides[0];
+    return r.data + walk(r.shape, (int)r.axes, r.strides, r.first + row);
 }
 
 XCE_FN bool is_ignored(const copy_job &j, int64_t row)
@@ -97,7 +91,7 @@ XCE_FN void copy_side(const copy_job &j, const char *from, char *to, int64_t col
 }
 
 /* Blocks take tiles in turns: threadIdx.y is a row, a thread has TURNS times SIDE columns of it. */
-XCE_KERNEL(1) copy_rows(copy_job j)
+XCE_KERNEL(1) copy_rows(XCE_JOB(copy_job) j)
 {
     const int64_t width = (int64_t)blockDim.x * SIDE, across = (j.n_columns + width * TURNS - 1) / (width * TURNS);
     const int64_t tiles = (j.n_rows + blockDim.y - 1) / blockDim.y * across;

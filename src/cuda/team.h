@@ -102,15 +102,4 @@ template <int GROUP, int CLUSTER, class M> XCE_FN M agree(M m, message_board *bo
 XCE_FN void add_to(real_sum *s, scalar a) { *s = r_sum_add(*s, a); }
 XCE_FN scalar total(real_sum s) { return r_abs(s.high) == XCE_INF ? s.high : s.high + s.low; }
 
-XCE_FN scalar sum_of(const scalar *a) /* of a chunk */
-{
-    scalar pair[VEC / 2];
-#pragma unroll
-    for (int i = 0; i < VEC / 2; i++)
-        pair[i] = a[2 * i] + a[2 * i + 1];
-    if (VEC == 8)
-        return (pair[0] + pair[1 % (VEC / 2)]) + (pair[2 % (VEC / 2)] + pair[3 % (VEC / 2)]);
-    return VEC == 4 ? pair[0] + pair[1 % (VEC / 2)] : pair[0];
-}
-
 #endif

@@ -251,6 +251,17 @@ XCE_FN void enter(chunk *raw, int i, storage a) /* entry i of a chunk, which was
 #endif
 }
 
+XCE_FN scalar sum_of(const scalar *a) /* of a chunk */
+{
+    scalar pair[VEC / 2];
+#pragma unroll
+    for (int i = 0; i < VEC / 2; i++)
+        pair[i] = a[2 * i] + a[2 * i + 1];
+    if (VEC == 8)
+        return (pair[0] + pair[1 % (VEC / 2)]) + (pair[2 % (VEC / 2)] + pair[3 % (VEC / 2)]);
+    return VEC == 4 ? pair[0] + pair[1 % (VEC / 2)] : pair[0];
+}
+
 /* VEC numbers of type storage or output, at a place aligned to them */
 template <class T> XCE_FN void put_all(char *at, const scalar *a)
 {

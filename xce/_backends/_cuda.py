@@ -449,7 +449,7 @@ def _final_sum(
     for name, a in pointers.items():
         job[name] = 0 if a is None else device.pointer(a)
     job["n_partials"], job["factor"] = partials.size, factor
-    device.launch(_sums(logits), "final_sum", 1, (1, 1), 0, job)
+    device.launch(_sums(logits), "final_sum", 1, (device.sum_threads, 1), 0, job)
 
 
 def _sums(logits: Any) -> Module:
@@ -556,7 +556,8 @@ def _scan(device: Device, what: int, x: Any, **allowed: float) -> int:
     """Wait for the device, and return the flat index of the first bad entry, or -1."""
     if not x.size:
         return -1
-    job = _array_job(device, x.reshape(-1) if x.ndim > AXES else x, what=what, **allowed)
+    x = x.reshape(-1) if x.ndim > AXES else x
+    job = _array_job(device, x, what=what, **allowed)
     places = device.empty((_blocks(device, x.size),), np.int64)
     job["out"]["data"] = device.pointer(places)
     device.launch(ARRAYS, "scan", places.size, (device.sum_threads, 1), 0, job)
