@@ -525,6 +525,21 @@ def test_the_device_of_the_arrays_of_cupy(gpu: Any, rng: np.random.Generator) ->
         assert {device for device, _ in gpu.runs} == {device}
 
 
+def test_states_of_another_device(gpu: Any, rng: np.random.Generator) -> None:
+    from cupy_standin import asarray
+
+    x, y, _ = arguments(rng)
+    s = np.arange(5.0)
+    whole, pieces = xce.LossState(), xce.LossState(7)
+    whole.update(asarray(x, 1), asarray(y, 1), sample_weight=asarray(s, 1))
+    for start, stop in ((0, 3), (3, 7)):
+        pieces.update(asarray(x[:, start:stop], 1), asarray(y, 1), start, sample_weight=asarray(s, 1))
+    expected = xce.cross_entropy(x, y, sample_weight=s)
+    assert whole.result() == pytest.approx(expected, rel=1e-6)
+    assert pieces.result() == pytest.approx(expected, rel=1e-6)
+    assert {device for device, _ in gpu.runs} == {1}
+
+
 def test_the_device_of_tensors(torch: Any, gpu: Any, rng: np.random.Generator) -> None:
     import cupy_standin as standin
 
