@@ -196,7 +196,8 @@ def teacher(rng: np.random.Generator, x: Array, axis: int) -> Made:
 
 def sparse_teacher(rng: np.random.Generator, x: Array, axis: int) -> Made:
     """Of some classes, in any order."""
-    indices = np.argsort(rng.random(x.shape), axis).astype(rng.choice(["int32", "int64", "uint16"]))
+    kind = rng.choice(["int32", "int64", "uint16"]) if x.shape[axis] <= 1 << 16 else "int64"
+    indices = np.argsort(rng.random(x.shape), axis).astype(kind)
     indices = np.take(indices, range(rng.integers(x.shape[axis]) + 1), axis)
     return np.take_along_axis(teacher(rng, x, axis)[0], indices.astype(np.int64), axis), {"teacher_indices": indices}
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -71,12 +72,13 @@ def compiled(code: str, flags: tuple[str, ...]) -> ctypes.CDLL:
     name = hashlib.sha256("\0".join([code, emulation, *FLAGS, *flags]).encode()).hexdigest()[:24]
     path = folder / f"{name}.so"
     if not path.exists():
-        source = folder / f"{name}-{os.getpid()}.cpp"
+        mine = f"{os.getpid()}-{threading.get_ident()}"
+        source = folder / f"{name}-{mine}.cpp"
         source.write_text(code, encoding="utf-8")
-        built = folder / f"{name}-{os.getpid()}.so"
+        built = folder / f"{name}-{mine}.so"
         subprocess.run([str(COMPILER), *FLAGS, *flags, str(source), "-o", str(built)], check=True)
         source.unlink()
-        built.rename(path)
+        built.replace(path)
     return ctypes.CDLL(str(path))
 
 

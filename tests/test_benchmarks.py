@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -24,6 +25,8 @@ sys.path.insert(0, str(ASV))
 
 import benchmarks  # noqa: E402
 import contenders  # noqa: E402
+import gpu  # noqa: E402
+import gpu_machine  # noqa: E402
 import measure  # noqa: E402
 import peers  # noqa: E402
 import targets  # noqa: E402
@@ -156,3 +159,144 @@ def test_peers_that_are_installed() -> None:
     assert done.returncode == 0, done.stderr
     assert "\nxce " in done.stdout
     assert "refused" not in done.stdout
+
+
+# gpu.py, whose GPU is the CPU here
+
+
+class Stage:
+    """A machine of NumPy's arrays, with a clock that counts the calls."""
+
+    xp = np
+    cache_bytes = 1 << 10
+
+    def __init__(self) -> None:
+        self.timed: list[tuple[str, int]] = []
+
+    def time(self, calls: Any, library: str, seconds: float) -> gpu.Times:
+        for call in calls:
+            call()
+        self.timed.append((library, len(calls)))
+        return gpu.Times(2e-6, 1e-6, "calls")
+
+    def copy(self, source: Any, to: Any) -> None:
+        to[...] = source
+
+    def free(self) -> None:
+        pass
+
+    def about(self) -> dict[str, str]:
+        return {"device": "a stage"}
+
+
+def rows_of_json(file: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
+    return {(r["task"], r["what"], r["contender"]): r for r in json.loads(file.read_text())["rows"]}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # casts of NumPy to small floats
+def test_every_table_of_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    pytest.importorskip("ml_dtypes")
+    small = gpu.unique(
+        gpu.Task(t.loss, t.dtype, (2, 5, 4, 4) if t.axis != -1 else (6, 11), t.axis, t.options)
+        for t in gpu.tasks_of(gpu.parse([]))
+    )
+    monkeypatch.setattr(gpu, "tasks_of", lambda options: small)
+    monkeypatch.setattr(gpu, "contenders_of", lambda machine, notes: eager_only(machine))
+    file = tmp_path / "results" / "stage.json"
+    gpu.main(["--json", str(file)], Stage, (6, 5, 7))
+    printed = capsys.readouterr().out
+    assert "refused" not in printed
+    assert "failed" not in printed
+    rows = rows_of_json(file)
+    for task in small:
+        assert {what for title, what, name in rows if title == task.title and name == "xce"} == set(gpu.WHAT)
+        assert (task.title, "copy", "copy") in rows
+    assert ("linear_cross_entropy, bfloat16", "gradient", "xce") in rows
+    gpu.main(["--table", str(file)])
+    again = capsys.readouterr().out
+    assert again.strip() in printed
+    assert "### cross_entropy, axis=1, float32: GB/s (share of the copy)" in again
+    assert re.search(r"^\| linear_cross_entropy", again, re.MULTILINE) is None
+
+
+def eager_only(machine: Any) -> tuple[list[Any], list[Any]]:
+    try:
+        return [gpu.Torch(machine.xp)], []
+    except ImportError:
+        return [], []
+
+
+def test_bytes_that_a_gpu_must_move() -> None:
+    rows = gpu.Task("cross_entropy", "bfloat16", (8, 100))
+    assert [rows.moved(what) for what in gpu.WHAT] == [1600, 3200, 3200, 1600, 3200]
+    elements = gpu.Task("binary_cross_entropy_with_logits", "float32", (8, 100))
+    assert [elements.moved(what) for what in gpu.WHAT[:2]] == [6400, 9600]
+    made = {"rows": [
+        {"task": "t", "shape": "s", "what": "copy", "contender": "copy", "bytes": 4e9, "seconds": 1e-3, "best": 1e-3},
+        {"task": "t", "shape": "s", "what": "value", "contender": "xce", "bytes": 2e9, "seconds": 1e-3, "best": 1e-3},
+        {"task": "t", "shape": "s", "what": "value", "contender": "other", "bytes": 2e9, "seconds": 3e-3, "best": 1e-3},
+    ]}  # fmt: skip
+    ((title, table),) = gpu.tables(made)
+    assert title == "t: GB/s (share of the copy)"
+    assert table == [
+        ["", "s"], ["copy", "4000"], ["value, xce", "2000 (50%)"], ["value, other", "667 (17%)"],
+        ["value: other / xce", "3.00x"],
+    ]  # fmt: skip
+
+
+def test_sets_of_arrays_exceed_the_cache_and_differ() -> None:
+    machine = Stage()
+    sets = gpu.inputs_of(gpu.Task("cross_entropy", "float32", (8, 32)), machine)
+    assert len(sets) == 4
+    assert len({s.x.tobytes() for s in sets}) == 4
+    x = gpu.random_array(np, (3, 5, 7), np.float16, 1)
+    assert x.dtype == np.float16
+    assert np.std(x.astype(float)) > 0.5
+
+
+def test_random_arrays_repeat_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_machine, "BLOCK", 1 << 10)
+    x = gpu.random_array(np, (64, 64), np.float32, 0)
+    assert len({row.tobytes() for row in x}) == 64
+
+
+class WrongOnStage(gpu.Xce):
+    name = "wrong"
+
+    def answer(self, call: Any) -> tuple[Any, Any]:
+        value, grad = call()
+        if grad is None:
+            return value * 1.01, None
+        grad = grad.copy()
+        grad.flat[np.abs(grad).argmin()] = 0
+        return value, grad
+
+
+def test_wrong_answers_are_refused_on_a_gpu() -> None:
+    task = gpu.Task("cross_entropy", "float32", (6, 11))
+    race = gpu.Race(Stage(), 0.0, 60.0)
+    race.run(task, [gpu.Xce(), WrongOnStage()])
+    assert {r["contender"] for r in race.rows} == {"xce", "copy"}
+    assert sum("refused: disagrees with float64" in note for note in race.notes) == len(gpu.WHAT)
+    late = gpu.Race(Stage(), 0.0, -1.0)
+    late.run(task, [gpu.Xce()])
+    assert late.rows == []
+    assert "no time left for xce" in late.notes[0]
+
+
+def test_regimes_are_tried(capsys: pytest.CaptureFixture[str]) -> None:
+    emulated = pytest.importorskip("emulated")
+    if emulated.COMPILER is None:
+        pytest.skip("needs a C++ compiler, to run the kernels of CUDA")
+    from xce import _dispatch
+    from xce._backends import _cuda
+
+    regimes = _cuda._REGIMES
+    with (
+        mock.patch.dict(_dispatch._owners, {np.ndarray: emulated}),
+        mock.patch.object(gpu, "CANDIDATES", ((8, 1, 16),)),
+    ):
+        gpu.main(["--regimes", "--shapes", "3x40", "--dtypes", "float32"], Stage)
+    assert _cuda._REGIMES is regimes
+    printed = capsys.readouterr().out
+    assert "| 8x1x16 | 2.0 us, 0 GB/s | 2.0 us, 0 GB/s |" in printed

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cases import OPTIONS, combinations, oracle, problem
-from checks import DTYPES, LAYOUTS, compute_dtype, dtype_of, widen
+from checks import DTYPES, LAYOUTS, call, compute_dtype, dtype_of, widen
 from hypothesis import given
 from hypothesis import strategies as st
 from test_dispatch import Library, jax_library, strict_library, torch_library
@@ -51,7 +51,7 @@ def check(x: Any, w: Any, target: Any, bias: Any = None, *, rtol: float = 1e-12,
     """Compare value and gradients with the composition; return them."""
     exact = composed(x, w, target, bias, **{k: v for k, v in options.items() if k not in ("chunk_rows", "grad_out")})
     extra = rounding_of_g(x, w, target, bias, **options)  # of arguments that may be overwritten
-    value, grads = xce.linear_cross_entropy(x, w, target, linear_bias=bias, return_grad=True, **options)
+    value, grads = call(xce.linear_cross_entropy, x, w, target, linear_bias=bias, return_grad=True, **options)
     assert_equal(value, exact[0], rtol)
     for grad, like, expected, more in zip(grads, (x, w, bias), exact[1], extra, strict=True):
         if like is None:

@@ -1,42 +1,112 @@
-"""Every CUDA kernel compiles for the GPUs that are about, with no GPU present.
+"""Every CUDA kernel compiles for the GPUs that are about, with no GPU present, and keeps its numbers in registers.
 
-Each module is compiled for one architecture, all four in turns; ``XCE_EVERY_ARCHITECTURE=1`` compiles all for all.
+The compiler's own report tells the registers of a kernel and what it spills to memory. NVRTC compiles in several
+threads at a time, so all selected tests' modules are compiled at once. Each module is compiled for one architecture,
+all four in turns; ``XCE_EVERY_ARCHITECTURE=1`` compiles all for all, as CI does: ten minutes of one core.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Any
+import re
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import pytest
 
-from xce import _reference
 from xce._backends import _cuda, _cuda_linear, _cuda_scale
 
 nvrtc = pytest.importorskip("cupy", reason="needs CuPy, to compile the kernels of CUDA").cuda.nvrtc
 
+from xce._backends.cupy import _OPTIONS  # noqa: E402
+
 ARCHITECTURES = ("75", "80", "90", "100")
 EVERY = os.environ.get("XCE_EVERY_ARCHITECTURE") == "1"
+REGISTERS = 65536  # of a multiprocessor, of all these
 CASES = [
     pytest.param(module, kernel, arch, id="-".join([f"sm_{arch}", module.storage, *(v for _, v in module.definitions)]))
     for number, (module, kernel) in enumerate((*_cuda.modules(), *_cuda_linear.modules(), *_cuda_scale.modules()))
     for arch in (ARCHITECTURES if EVERY else ARCHITECTURES[number % 4 : number % 4 + 1])
 ]
 
+# Threads that must fit on a multiprocessor, so that some wait for memory while others compute: rows of each level of
+# rows.cu, whose bounds (XCE_RESIDENT) the compiler keeps unless it spills; in float64 numbers take two registers.
+RESIDENT = {"0": 768, "1": 512, "2": 256, "elements": 512, "others": 512}
 
-@pytest.mark.parametrize(("module", "kernel", "arch"), CASES)
-def test_kernel_compiles(module: Any, kernel: str, arch: str) -> None:
+
+class Report(NamedTuple):
+    """What the assembler said of a module."""
+
+    registers: int
+    spilled: dict[str, int]  # bytes stored and loaded, by function
+    cubin: bytes
+
+
+def compiled(module: _cuda.Module, arch: str) -> Report:
+    """Compile a module as CuPy would."""
     program = nvrtc.createProgram(_cuda.text(*module.files), "xce.cu", [], [])
-    definitions = [f"-D{name}={value}" for name, value in module.definitions]
-    options = [f"--gpu-architecture=sm_{arch}", "-std=c++20", "-DXCE_CUDA", f"-DXCE_STORAGE_{module.storage}"]
+    definitions = [f"-DXCE_STORAGE_{module.storage}", *(f"-D{name}={value}" for name, value in module.definitions)]
+    options = [f"--gpu-architecture=sm_{arch}", *_OPTIONS, "-ftz=true", *definitions, "--ptxas-options=-v"]
     try:
-        nvrtc.compileProgram(program, [*options, "--fmad=false", "-ftz=true", *definitions])
+        nvrtc.compileProgram(program, options)
+        return report(nvrtc.getProgramLog(program), nvrtc.getCUBIN(program))
     except nvrtc.NVRTCError:
         raise AssertionError(nvrtc.getProgramLog(program)) from None
-    assert kernel.encode() in nvrtc.getCUBIN(program)
-    nvrtc.destroyProgram(program)
+    finally:
+        nvrtc.destroyProgram(program)
 
 
-def test_the_names_are_those_of_the_formulas() -> None:
-    assert set(_cuda._PHIS) == {*_reference.PHI, *_reference.DIVERGENCES}
-    assert set(_cuda._FORMULAS) == set(_reference.ELEMENTS)
+def report(log: str, cubin: bytes) -> Report:
+    """Read the assembler's lines; each function's properties come in the line after its name."""
+    functions = re.findall(
+        r"Function properties for (\S+)\s.*?(\d+) bytes spill stores, (\d+) bytes spill loads", log, re.DOTALL
+    )
+    registers = max(map(int, re.findall(r"Used (\d+) registers", log)))  # of several kernels
+    return Report(registers, {name: int(a) + int(b) for name, a, b in functions}, cubin)
+
+
+@pytest.fixture(scope="module")
+def reports(request: pytest.FixtureRequest) -> Iterator[dict[Any, Future[Report]]]:
+    """The compilations of the tests that were selected, which go on while the first results are looked at."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        selected = [
+            item.callspec.params
+            for item in request.session.items
+            if getattr(item, "originalname", "") == "test_kernel_compiles"
+        ]
+        yield {(p["module"], p["arch"]): pool.submit(compiled, p["module"], p["arch"]) for p in selected}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize(("module", "kernel", "arch"), CASES)
+def test_kernel_compiles(module: _cuda.Module, kernel: str, arch: str, reports: Any, record_property: Any) -> None:
+    found = reports[module, arch].result()
+    record_property("registers", found.registers)
+    assert kernel.encode() in found.cubin
+    assert kernel in found.spilled
+    assert not any(found.spilled.values()), f"bytes spilled to memory and read again, by function: {found.spilled}"
+    threads = REGISTERS // (-(-found.registers // 8) * 8)  # registers are dealt to threads by eight
+    assert threads >= resident(module), f"{found.registers} registers: only {threads} threads fit"
+
+
+def resident(module: _cuda.Module) -> int:
+    """How many threads of a module must fit on a multiprocessor."""
+    definitions = dict(module.definitions)
+    if "XCE_GROUP" not in definitions:
+        return RESIDENT["elements" if "XCE_FORMULA" in definitions else "others"]
+    threads = RESIDENT[definitions.get("XCE_LEVEL", "2")]
+    return min(threads, 512) if module.storage == "float64" or definitions["XCE_WHAT"] == "4" else threads
+
+
+def test_the_report_is_read() -> None:
+    log = """a.cu(3): warning #550-D: variable "unused" was set but never used
+ptxas info    : 379 bytes gmem
+ptxas info    : Compiling entry function 'rows' for 'sm_90'
+ptxas info    : Function properties for rows
+ptxas         .     128 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 72 registers, used 0 barriers, 128 bytes cumulative stack size
+ptxas info    : Function properties for _Z5other
+ptxas         .     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+"""
+    assert report(log, b"") == Report(72, {"rows": 12, "_Z5other": 0}, b"")

@@ -18,6 +18,7 @@ from checks import DTYPES, every_loss
 
 import xce
 from xce import _cpu, _reference
+from xce._backends import _cuda
 
 ROOT = Path(__file__).parents[1]
 FUNCTIONS = {name: f for name in xce.__all__ if inspect.isfunction(f := getattr(xce, name))}
@@ -80,6 +81,59 @@ def test_every_formula_has_a_case_and_a_kernel() -> None:
             (kernels.PHI, kernels.DIVERGENCES, kernels.ELEMENT_FORMULAS), found.values(), strict=True
         ):
             assert set(known) == formulas
+
+
+# A formula is written once: the CUDA kernels are a second schedule, not a second library
+
+
+def test_every_formula_has_a_twin_of_cuda() -> None:
+    """In the same order, as the kernels know a phi by its number."""
+    formulas = _cuda.text("formulas.h")
+    lists = {
+        name: re.findall(r"LOSS\((\w+)\)", text)
+        for name, text in re.findall(r"#define XCE_(\w+)\(LOSS\)((?:.*\\\n)*.*)", formulas)
+    }
+    assert list(_cuda._PHIS) == lists["SOFTMAX_LOSSES"] + lists["DIVERGENCES"]
+    assert set(_cuda._PHIS) == {*_reference.PHI, *_reference.DIVERGENCES}
+    assert set(_cuda._FORMULAS) == set(lists["ELEMENT_LOSSES"]) == set(_reference.ELEMENTS)
+
+
+def test_both_processors_compile_the_same_formulas() -> None:
+    assert "formulas.h" in _cuda.ROWS
+    assert "formulas.h" in _cuda.ELEMENTS
+    assert '"formulas.h"' in source_of("cpu/elements.h")
+    assert '"formulas.h"' in source_of("cpu/kernels.pyx")
+    defined = re.findall(r"^XCE_\w+ jet (\w+)\(", source_of("formulas.h"), re.MULTILINE)
+    assert len(defined) == len(set(defined)) > len(_cuda._PHIS)
+    for file in sorted((ROOT / "src").glob("c*/*")):
+        own = re.findall(r"\bjet (\w+)\([^)]*\)\s*(?:/\*.*\*/\s*)?{", file.read_text(encoding="utf-8"))
+        assert not set(own) & set(defined), f"{file.name} has formulas of its own"
+
+
+SCHEDULES = sorted(file.name for file in (ROOT / "src/cuda").glob("*") if file.name != "threads.h")
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_of_cuda_have_no_mathematics(name: str) -> None:
+    """They call what primitives.h and formulas.h have, and none of CUDA's own functions."""
+    text = re.sub(r"/\*.*?\*/|//[^\n]*", "", source_of(f"cuda/{name}"), flags=re.DOTALL)
+    functions = "exp|exp2|exp10|expm1|log|log2|log10|log1p|pow|sqrt|rsqrt|tanh|sinh|cosh|erf"
+    assert re.findall(rf"(?<!\w)_*(?:fast_)?(?:{functions})f?\(|\b(?:ex2|lg2|tanh)\.approx", text) == []
+
+
+def test_one_file_knows_one_processor_from_another() -> None:
+    for name in ("formulas.h", *(f"cuda/{name}" for name in SCHEDULES)):
+        assert not re.findall(r"XCE_CUDA|__CUDA_ARCH__|__CUDACC__|__x86_64__|__aarch64__", source_of(name)), name
+
+
+def test_every_file_of_cuda_is_installed() -> None:
+    installed = (ROOT / "meson.build").read_text(encoding="utf-8")
+    for file in (ROOT / "src/cuda").glob("*"):
+        assert f"'src/cuda/{file.name}'" in installed
+
+
+def source_of(name: str) -> str:
+    return (ROOT / "src" / name).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("loss", sorted(OF_LAYERS))
