@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from xce._backends import _cuda, _cuda_linear
+from xce._backends import _cuda, _cuda_linear, _cuda_scale
 
 nvrtc = pytest.importorskip("cupy", reason="needs CuPy, to compile the kernels of CUDA").cuda.nvrtc
 
@@ -26,7 +26,7 @@ EVERY = os.environ.get("XCE_EVERY_ARCHITECTURE") == "1"
 REGISTERS = 65536  # of a multiprocessor, of all these
 CASES = [
     pytest.param(module, kernel, arch, id="-".join([f"sm_{arch}", module.storage, *(v for _, v in module.definitions)]))
-    for number, (module, kernel) in enumerate((*_cuda.modules(), *_cuda_linear.modules()))
+    for number, (module, kernel) in enumerate((*_cuda.modules(), *_cuda_linear.modules(), *_cuda_scale.modules()))
     for arch in (ARCHITECTURES if EVERY else ARCHITECTURES[number % 4 : number % 4 + 1])
 ]
 

@@ -198,3 +198,35 @@ def test_a_state_shares_nothing():
 
 def test_labels_in_foreign_byte_order():
     assert sharded(LOGITS, LABELS.astype(">i2")).result() == sharded(LOGITS, LABELS).result()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_shard_of_infinities_and_nan(dtype):
+    """Rows of -inf add nothing to those of other shards, a NaN among them everything."""
+    x = np.array([[-np.inf, -np.inf, 1, 2], [-np.inf, np.nan, 1, 2], [-np.inf, 0, -np.inf, -np.inf]], dtype)
+    y = np.array([2, 2, 1])
+    state = xce.LossState(4, keep_rows=True).update(x[:, :2], y).update(x[:, 2:], y, 2)
+    expected = oracle(xce.cross_entropy, x.astype(np.float64), y, reduction="none")
+    np.testing.assert_allclose(state.result("none"), expected, rtol=1e-6)
+
+
+def test_weights_that_float32_does_not_hold():
+    x, y, w = np.array([[0, 1, 2, -1]] * 3, np.float32), np.array([0, 1, 3]), np.array([1e-40, 1.0, 1.0, 2.0])
+    for options in ({}, {"label_smoothing": 0.1}):
+        state = xce.LossState(4, weight=w, **options).update(x[:, :2], y).update(x[:, 2:], y, 2)
+        expected = oracle(xce.cross_entropy, x.astype(np.float64), y, weight=w, **options)
+        np.testing.assert_allclose(state.result(), expected, rtol=1e-6)
+
+
+def test_arrays_of_other_libraries():
+    """Logits stay where they are; one of a kind that has no kernels becomes one of NumPy."""
+    torch, strict = pytest.importorskip("torch"), pytest.importorskip("array_api_strict")
+    x, w, s = LOGITS.astype(np.float32), WEIGHT.astype(np.float32), SAMPLE_WEIGHT.astype(np.float32)
+    expected = sharded(x, LABELS, sample_weight=s, weight=w).result()
+    for convert in (torch.from_numpy, strict.asarray):
+        found = sharded(convert(x), convert(LABELS), sample_weight=convert(s), weight=convert(w)).result()
+        assert found == expected
+    narrow = [torch.from_numpy(a).to(torch.bfloat16) for a in (x, s, w)]
+    wide = [a.float().numpy() for a in narrow]
+    found = sharded(narrow[0], LABELS, sample_weight=narrow[1], weight=narrow[2]).result()
+    np.testing.assert_allclose(found, sharded(wide[0], LABELS, sample_weight=wide[1], weight=wide[2]).result(), 1e-6)

@@ -604,8 +604,16 @@ def test_other_devices() -> None:
     x = torch.zeros(2, 3, device="meta", requires_grad=True)
     value = xce.torch.cross_entropy(x, torch.zeros(2, dtype=torch.int64, device="meta"))
     assert value.device.type == "meta"
-    with torch.device("cpu"):
-        assert_close(xce.torch.cross_entropy(X, LABELS), F.cross_entropy(X, LABELS))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_default_device(name: str, by_xce: list[Any]) -> None:
+    x, target = example(name)
+    with torch.device("meta"):  # of tensors that are new
+        value = getattr(xce.torch, name)(x, target)
+        value.backward()
+    assert_close(value, getattr(F, name)(x, target))
+    assert by_xce
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)

@@ -13,7 +13,7 @@ from numpy import ndarray
 
 from xce import _check as check
 from xce._check import DIVERGENCES, INT64, NATIVE_FLOATS, NATIVE_INTEGERS, REDUCTIONS, Array, dtype_name, thread_count
-from xce._dispatch import owner_of, view
+from xce._dispatch import owner_of, placed, view
 
 __all__ = [
     "Array", "Call", "LinearCall", "LogitStats", "dtype_name", "finish", "finish_linear", "normalise",
@@ -112,6 +112,13 @@ def normalise(
     """Return the checked call of an operation with a target; `name` is what the user calls the logits."""
     has_extras = not (weight is sample_weight is where is grad_out is hess_out is None)
     is_plain = type(logits) is type(target) is ndarray
+    if not is_plain and (place := owner.place(logits)) is not None:
+        with place:
+            return normalise(
+                owner, op, phi, phi_param, logits, axis, target, weight, sample_weight, where, ignore_index,
+                label_smoothing, temperature, softcap, z_loss, reduction, return_grad, return_hess, grad_out, hess_out,
+                n_threads, validate, name,
+            )  # fmt: skip
     if has_extras or not is_plain:
         first, logits = logits, owner.view(logits, name)
         target = check.view_target(owner, first, name, logits, target)
@@ -187,6 +194,7 @@ def normalise(
     # fmt: on
 
 
+@placed(2)
 def normalise_map(
     owner: ModuleType,
     op: str,
@@ -216,6 +224,7 @@ def normalise_map(
     # fmt: on
 
 
+@placed(2)
 def normalise_distillation(
     owner: ModuleType,
     divergence: str,
@@ -283,6 +292,7 @@ def finish(owner: ModuleType, call: Any, result: tuple[Array, Array | None, Arra
     return (wrap(loss), wrap(hess)) if call.return_hess else wrap(loss)
 
 
+@placed(1)
 def normalise_linear(
     owner: ModuleType,
     inputs: Array,

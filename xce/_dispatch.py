@@ -2,6 +2,7 @@
 
 A backend is a module of `xce._backends` with
 
+    place(x)            the context of device and stream of the caller's array; None: it needs none, or is entered
     view(x, name)       the caller's array as the array that is checked and computed on, sharing its memory
     run(call)           the computation
     run_linear(call)    that of a `LinearCall`
@@ -13,9 +14,13 @@ A backend is a module of `xce._backends` with
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
+
+from numpy import ndarray
 
 # Top-level package of an array's type (or of one of its bases) -> module in xce._backends.
 _BACKENDS = {"numpy": "numpy", "torch": "torch", "jax": "jax", "jaxlib": "jax", "cupy": "cupy"}
@@ -29,6 +34,8 @@ _REFUSED = {
     "compute": "lazy arrays are not supported: compute it first, {name}.compute()",
 }
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 _owners: dict[type, ModuleType] = {}
 
 
@@ -38,13 +45,43 @@ def owner_of(x: Any, name: str) -> ModuleType:
 
 
 def view(owner: ModuleType, first: Any, x: Any, name: str, first_name: str) -> Any:
-    """Return `x` as `owner` computes on it; it must come from the library of the call's `first` array."""
+    """Return `x` as `owner` computes on it; it must be of the library and on the device of the call's `first` array."""
     if type(x) is not type(first) and _is_of_another(x, name, owner, _library(type(first))):
         raise TypeError(
             f"{first_name} is a {type_name(first)} but {name} is a {type_name(x)}: all arrays of a "
             "call must come from one library"
         )
+    if type(first) is not ndarray:
+        here, there = _device(first), _device(x)
+        if not (here is None or there is None or here == there):
+            raise ValueError(
+                f"{first_name} is on {here} but {name} is on {there}: all arrays of a call must be on one device"
+            )
     return owner.view(x, name)
+
+
+def _device(x: Any) -> Any:
+    """The device of an array, or None where that is not for the library to say."""
+    device = getattr(x, "device", None)
+    return None if hasattr(device, "device_set") else device  # the sharding of an array of JAX over several
+
+
+def placed(position: int) -> Callable[[F], F]:
+    """Let a function of an owner and other arguments run on the device, and its stream, of the one at `position`."""
+
+    def decorate(function: F) -> F:
+        @wraps(function)
+        def placed(owner: ModuleType, *args: Any, **options: Any) -> Any:
+            x = args[position - 1]
+            place = None if type(x) is ndarray else owner.place(x)
+            if place is None:
+                return function(owner, *args, **options)
+            with place:
+                return function(owner, *args, **options)
+
+        return placed  # type: ignore[return-value]
+
+    return decorate
 
 
 def _is_of_another(x: Any, name: str, owner: ModuleType, library: str | None) -> bool:

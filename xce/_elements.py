@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from xce import _check as check
 from xce._check import REDUCTIONS, Array
-from xce._dispatch import view
+from xce._dispatch import placed, view
 
 __all__ = ["ElementCall", "normalise_elements"]
 
@@ -37,6 +37,7 @@ class ElementCall(NamedTuple):
     validate: bool
 
 
+@placed(3)
 def normalise_elements(
     owner: ModuleType,
     formula: str,

@@ -2,14 +2,20 @@
 
 ``from xce.torch import CrossEntropyLoss`` is the whole migration. A call goes one of two ways:
 
-- to the kernels of xce, if `_value_dtype` has an answer: CPU tensors of one floating dtype, and nothing but autograd
-  that follows the computation (no compiler, no transform of `torch.func`, no mode, no subclass);
+- to the kernels of xce, if `_value_dtype` has an answer: tensors of one floating dtype on the CPU or, where CuPy is
+  installed, on one CUDA device, and nothing but autograd that follows the computation (no compiler, no transform of
+  `torch.func`, no mode, no subclass);
 - to PyTorch itself otherwise, and when xce refuses the arguments: PyTorch may take them (negative weights, targets
   that broadcast), or it has its own error for them. Only a label out of range is `xce.LabelError`, which names it.
 
 The gradient is computed along with the value, and only if autograd is going to ask for it; second derivatives are
 PyTorch's. Numbers differ where PyTorch rounds more (here, 16-bit input is computed in float32 and rounded once), has 0
 for the loss of a confident row, or has NaN for 0 times infinity. `torch.set_num_threads` counts.
+
+On a CUDA device nothing waits for the GPU, and so nobody looks at the data: a label out of range makes the loss and the
+gradient of its row NaN, and the mean with them (PyTorch stops the program, and the device is lost to it); weights and
+probabilities are taken as they are. `torch.cuda.graph` captures a call like any other, after one call that is not
+captured, which compiles the kernels.
 
 Examples
 --------
@@ -26,6 +32,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -33,8 +41,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F  # noqa: N812
 from torch.nn._reduction import legacy_get_string
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 import xce
+from xce._backends import torch as backend
 from xce.losses import Reduction
 
 __all__ = [
@@ -134,21 +145,39 @@ def _value_dtype(loss: _Loss, tensors: _Tensors) -> torch.dtype | None:
     """Return the dtype of the loss if the kernels of xce can take the call, or None."""
     if _is_followed():
         return None
-    target, dtypes = tensors["target"], set()
+    target, dtypes, devices = tensors["target"], set(), set()
     for name, x in tensors.items():
         if x is None and name in _OPTIONAL:
             continue
-        if type(x) not in (Tensor, nn.Parameter) or not x.is_cpu:
+        if type(x) not in (Tensor, nn.Parameter) or not _has_kernels(x):
             return None
+        devices.add(x.device)
         if x.requires_grad and name not in loss.by and torch.is_grad_enabled():
             return None
         if x.dtype in _FLOATS:
             dtypes.add(x.dtype)
         elif not (x is target and loss.has_labels and x.dtype in _LABELS):
             return None
-    if loss.is_autocast and torch.is_autocast_enabled("cpu") and torch.float64 not in dtypes:
+    if len(devices) != 1:  # PyTorch refuses it, or takes a number on the CPU
+        return None
+    if loss.is_autocast and torch.is_autocast_enabled(devices.pop().type) and torch.float64 not in dtypes:
         return torch.float32
     return dtypes.pop() if len(dtypes) == 1 else None  # of several, PyTorch promotes or refuses
+
+
+def _has_kernels(x: Tensor) -> bool:
+    """Whether there are kernels for the device of a tensor."""
+    return _has_cupy() if backend.is_on_cuda(x) else x.is_cpu
+
+
+@cache
+def _has_cupy() -> bool:
+    try:
+        for name in ("xce._backends.cupy", "ml_dtypes"):
+            import_module(name)
+    except ImportError:
+        return False
+    return True
 
 
 def _is_followed() -> bool:
@@ -158,9 +187,14 @@ def _is_followed() -> bool:
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._is_torch_function_mode_enabled()
+        or (torch._C._is_torch_function_mode_enabled() and _has_modes())
         or forward_ad._current_level >= 0
     )
+
+
+def _has_modes() -> bool:
+    """Whether there are modes other than that of `torch.set_default_device`, which is about new tensors only."""
+    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())  # type: ignore[no-untyped-call]
 
 
 def _by_xce(loss: _Loss, tensors: _Tensors, options: dict[str, Any], dtype: torch.dtype) -> Tensor:
@@ -178,8 +212,11 @@ def _run(loss: _Loss, tensors: _Tensors, options: dict[str, Any], *, return_grad
     """Return what the function of xce returns."""
     tensors = {name: x if x is None else x.detach() for name, x in tensors.items()}
     x = tensors.pop("input")  # which has another name there
-    axis = {} if loss.class_axis is None else {"axis": loss.axis(x)}
-    return loss.ours(x, **tensors, **options, **axis, return_grad=return_grad, n_threads=torch.get_num_threads())
+    options = options | {"return_grad": return_grad, "n_threads": torch.get_num_threads()}
+    if loss.class_axis is not None:
+        options["axis"] = loss.axis(x)
+    # looking at the data would make the CPU wait for the GPU
+    return loss.ours(x, **tensors, **options, validate=not backend.is_on_cuda(x))
 
 
 # Autograd, in two nodes. `_Value` keeps the gradients and nothing else: the logits may be overwritten then, as with
@@ -262,8 +299,12 @@ def _product(vector: Tensor, gradient: Tensor) -> Tensor:
     if torch.is_grad_enabled() or keeps_graph or is_batched or _is_followed():
         return vector * gradient
     gradient = gradient.detach()
-    if vector.ndim == 0 and vector.item() == 1:  # the loss is the root of the graph
-        return gradient
+    if vector.ndim == 0:  # mostly 1: the loss is the root of the graph
+        if backend.is_on_cuda(vector):
+            product: Tensor = backend.scaled(gradient, vector.detach())
+            return product
+        if vector.item() == 1:
+            return gradient
     return gradient.mul_(vector)
 
 
@@ -467,7 +508,8 @@ if hasattr(F, "linear_cross_entropy"):
         if return_grad and reduction == "none":
             raise ValueError("a loss for each row, of parameters that all rows share")
         if return_grad and inputs.dtype == torch.bfloat16:  # sums over chunks of rows are rounded once
-            sums = (None if x is None else torch.empty(x.shape) for x in (linear_weight, linear_bias))
+            parameters = linear_weight, linear_bias
+            sums = (None if x is None else torch.empty(x.shape, device=x.device) for x in parameters)
             options["grad_out"] = (None, *sums)
         if ignore_index is not None:
             options["ignore_index"] = ignore_index

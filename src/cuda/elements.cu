@@ -19,6 +19,11 @@ template <class T> XCE_FN T read_number(const char *p, int kind)
 
 template <class Job> XCE_FN int64_t place_of(const Job &j, const numbers &a, int64_t flat)
 {
+    return walk(j.shape, (int)j.axes, a.strides, flat);
+}
+
+XCE_FN int64_t place_of(const element_job &j, const numbers &a, int64_t flat)
+{
     return a.adjacent ? flat * a.strides[j.axes - 1] : walk(j.shape, (int)j.axes, a.strides, flat);
 }
 

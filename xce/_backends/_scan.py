@@ -43,11 +43,3 @@ def widen(x: Any) -> Any:
 
 def _first(xp: Any, bad: Any) -> int:
     return int(xp.argmax(xp.astype(xp.reshape(bad, (-1,)), xp.uint8))) if bool(xp.any(bad)) else -1
-
-
-def gpu_error(name: str) -> NotImplementedError:
-    """Return the error for an array on a GPU, of a library other than CuPy."""
-    return NotImplementedError(
-        f"{name} is on a GPU, where xce computes on CuPy arrays only for now: pass cupy.from_dlpack({name}), or "
-        "copy it to the CPU"
-    )

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any
 
 import numpy as np
 
 try:
-    import cupy
+    import cupy as cupy
 except ImportError as missing:
     raise ImportError(
-        "arrays of CuPy are computed on by CuPy, which is missing: pip install 'xce[cuda13]'"
+        "computing on a GPU takes the arrays of CuPy, which is missing: pip install 'xce[cuda13]'"
     ) from missing
 
-from xce._backends import _cuda, _cuda_linear
+from xce._backends import _cuda, _cuda_linear, _cuda_scale
 from xce._call import LinearCall
 
-__all__ = ["from_numpy", "run", "run_linear", "scan_labels", "scan_values", "to_numpy", "view", "wrap"]
+__all__ = ["from_numpy", "place", "run", "run_linear", "scan_labels", "scan_values", "to_numpy", "view", "wrap"]
 
 # The same bits as on a CPU as far as they go: nothing is contracted. CuPy adds -ftz=true, so subnormals are 0.
 _OPTIONS = ("-std=c++20", "-DXCE_CUDA", "--fmad=false")
@@ -84,8 +86,11 @@ def _device(number: int) -> _Device:
     return _Device(number)
 
 
-def _current() -> _Device:
-    return _device(cupy.cuda.Device().id)
+@contextmanager
+def _entered(x: Any) -> Iterator[_Device]:
+    """The device of an array, which becomes the current one."""
+    with cupy.cuda.Device(x.device.id):
+        yield _device(x.device.id)
 
 
 @cache
@@ -99,17 +104,22 @@ def _function(module: _cuda.Module, kernel: str, number: int) -> Any:
     return function
 
 
+def place(x: Any) -> AbstractContextManager[Any] | None:
+    """Return the context of the device of `x`, or None if it is the current one."""
+    return place_of(x.device.id)
+
+
+def place_of(number: int) -> AbstractContextManager[Any] | None:
+    """Return the context of a device, or None if it is the current one."""
+    return None if number == cupy.cuda.runtime.getDevice() else cupy.cuda.Device(number)
+
+
 def view(x: Any, name: str) -> Any:
-    """Return `x`, which must lie on the current device."""
+    """Return `x`."""
     try:
-        current = cupy.cuda.Device().id
+        cupy.cuda.runtime.getDevice()
     except cupy.cuda.runtime.CUDARuntimeError as error:
         raise ImportError(f"{name} is an array of CuPy, which finds no GPU: is the driver installed?") from error
-    if x.device.id != current:
-        raise ValueError(
-            f"{name} is on GPU {x.device.id} but the current device is {current}: all arrays of a call must be on one, "
-            f"with cupy.cuda.Device({x.device.id}): ..."
-        )
     return x
 
 
@@ -124,25 +134,36 @@ def to_numpy(x: Any) -> Any:
 
 
 def from_numpy(x: Any, like: Any) -> Any:
-    """Return a copy of `x` on the current device, where `like` is."""
-    return cupy.asarray(x, blocking=True)
+    """Return a copy of `x` where `like` is."""
+    with _entered(like):
+        return cupy.asarray(x, blocking=True)
 
 
 def scan_labels(target: Any, n_classes: int, ignore_index: int) -> int:
     """Return the flat C-order index of the first label outside 0..n_classes-1 that is not ignored, or -1."""
-    return _cuda.scan_labels(target, n_classes, ignore_index, _current())
+    with _entered(target) as device:
+        return _cuda.scan_labels(target, n_classes, ignore_index, device)
 
 
 def scan_values(values: Any, low: float, high: float | None) -> int:
     """Return the flat C-order index of the first entry outside low..high (None: infinite), or NaN; or -1."""
-    return _cuda.scan_values(values, low, high, _current())
+    with _entered(values) as device:
+        return _cuda.scan_values(values, low, high, device)
 
 
 def run(call: Any) -> Any:
     """Compute a `Call` or an `ElementCall`."""
-    return _cuda.run(call, _current())
+    with _entered(call.logits) as device:
+        return _cuda.run(call, device)
+
+
+def scale(x: Any, factor: Any) -> None:
+    """Multiply an array, in C order and aligned to 16 bytes, by an array of one float64, in place."""
+    with _entered(x) as device:
+        _cuda_scale.scale(x, factor, device)
 
 
 def run_linear(call: LinearCall) -> Any:
     """Compute `call`."""
-    return _cuda_linear.run(call, _current())
+    with _entered(call.inputs) as device:
+        return _cuda_linear.run(call, device)

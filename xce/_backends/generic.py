@@ -10,7 +10,11 @@ from xce import _reference
 from xce._backends._scan import scan_labels, scan_values
 from xce._call import Call, LinearCall
 
-__all__ = ["run", "run_linear", "scan_labels", "scan_values", "to_numpy", "view", "wrap"]
+__all__ = ["place", "run", "run_linear", "scan_labels", "scan_values", "to_numpy", "view", "wrap"]
+
+
+def place(x: Any) -> None:
+    """Return None: no device needs to be entered."""
 
 
 def view(x: Any, name: str) -> Any:

@@ -27,7 +27,7 @@ from xce._backends._numbers import (
 from xce._call import Call, LinearCall, LogitStats, dtype_name
 from xce._elements import ElementCall
 
-__all__ = ["from_numpy", "run", "run_linear", "scan_labels", "scan_values", "to_numpy", "view", "wrap"]
+__all__ = ["from_numpy", "place", "run", "run_linear", "scan_labels", "scan_values", "to_numpy", "view", "wrap"]
 
 # what `run` of the kernels is to compute
 _LOSS, _SOFTMAX, _LOG_SOFTMAX, _LOGSUMEXP, _STATS, _STATE, _NLL = range(7)
@@ -36,6 +36,10 @@ _MAPS = {"softmax": _SOFTMAX, "log_softmax": _LOG_SOFTMAX}
 _PORTION = 1 << 24  # labels between two looks for Ctrl-C
 
 _KERNELS: dict[np.dtype[Any], tuple[ModuleType, np.dtype[Any]]] = {}
+
+
+def place(x: Any) -> None:
+    """Return None: no device needs to be entered."""
 
 
 def view(x: Any, name: str) -> Any:

@@ -1,39 +1,86 @@
-"""CPU tensors of PyTorch, computed on as NumPy arrays that share their memory."""
+"""Tensors of PyTorch, computed on as arrays of NumPy or, on a CUDA device, of CuPy that share their memory."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 
-from xce._backends._scan import BFLOAT16, gpu_error
-from xce._backends.numpy import run, run_linear, scan_labels, scan_values
+from xce._backends import _viewed
+from xce._backends._scan import BFLOAT16
+from xce._backends._viewed import scan_labels, scan_values
 
-__all__ = ["run", "run_linear", "scan_labels", "scan_values", "view", "wrap"]
+__all__ = ["place", "run", "run_linear", "scan_labels", "scan_values", "view", "wrap"]
+
+
+def place(x: Any) -> AbstractContextManager[Any] | None:
+    """Return the context of a tensor's device and stream; None where there is none, or it is entered already."""
+    return _cuda().place(x.get_device()) if is_on_cuda(x) else None
+
+
+def is_on_cuda(x: Any) -> bool:
+    """Whether a tensor lies on a CUDA device; PyTorch for ROCm calls its own devices so."""
+    return bool(x.is_cuda) and torch.version.hip is None
 
 
 def view(x: Any, name: str) -> Any:
-    """Return the memory of `x` as a NumPy array."""
+    """Return the memory of `x` as an array of NumPy or CuPy."""
     if x.requires_grad:
         raise TypeError(
             f"{name} requires grad: detach it, or use xce.torch, which has PyTorch's own losses with autograd "
             "(return_grad=True returns the gradient of any loss)"
         )
-    if x.device.type == "cuda":
-        raise gpu_error(name)
     try:
+        if is_on_cuda(x):
+            return _cuda().view(x)
         return x.view(torch.uint16).numpy().view(BFLOAT16) if x.dtype == torch.bfloat16 else x.numpy()
-    except (TypeError, RuntimeError) as error:
+    except (BufferError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise TypeError(
             f"{name} is a torch.Tensor on device {x.device}, of dtype {x.dtype} and layout {x.layout}: "
-            "allowed are dense CPU tensors of NumPy's dtypes or bfloat16"
+            "allowed are dense tensors of NumPy's dtypes or bfloat16, on the CPU or a CUDA device"
         ) from error
 
 
 def wrap(result: Any) -> Any:
     """Return `result` as a tensor that shares its memory."""
+    if not _is_of_numpy(result):
+        return _cuda().wrap(result)
     result = np.asarray(result)
     if result.dtype.kind == "V":
         return torch.from_numpy(result.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(result)
+
+
+def run(call: Any) -> Any:
+    """Compute a `Call` or an `ElementCall`."""
+    with _place_of_view(call.logits):
+        return _viewed.run(call)
+
+
+def run_linear(call: Any) -> Any:
+    """Compute a `LinearCall`."""
+    with _place_of_view(call.inputs):
+        return _viewed.run_linear(call)
+
+
+def scaled(x: Any, factor: Any) -> Any:
+    """Return a CUDA tensor times a tensor of one number, in the memory of `x`; nobody waits for the number."""
+    return _cuda().scaled(x, factor)
+
+
+def _is_of_numpy(x: Any) -> bool:
+    return type(x) is np.ndarray or isinstance(x, np.generic)
+
+
+def _place_of_view(x: Any) -> AbstractContextManager[Any]:
+    return nullcontext() if _is_of_numpy(x) else _cuda().place(x.device.id) or nullcontext()
+
+
+def _cuda() -> ModuleType:
+    """What needs CuPy."""
+    from xce._backends import _torch_cuda
+
+    return _torch_cuda

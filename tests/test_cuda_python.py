@@ -1,0 +1,78 @@
+"""What the GPU backend does in Python, as far as no GPU is needed for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.lib.stride_tricks import as_strided
+
+from xce import _check
+from xce._backends import _cuda
+
+
+@pytest.mark.parametrize("job", [_cuda.ROW_JOB, _cuda.SUM_JOB, _cuda.ELEMENT_JOB, _cuda.ARRAY_JOB])
+def test_jobs_are_arguments_of_kernels(job: Any) -> None:
+    """CuPy passes an array of one entry by value, and CUDA up to 4096 bytes of arguments."""
+    assert np.zeros((), job).size == 1
+    assert job.itemsize <= 4096
+
+
+class There:
+    """An array of CuPy, as far as its memory is concerned: at an address that nobody may read."""
+
+    def __init__(self, x: np.ndarray) -> None:
+        self.x, self.shape, self.strides, self.size = x, x.shape, x.strides, x.size
+        self.itemsize, self.dtype = x.itemsize, x.dtype
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        place = 8 + self.x.ctypes.data - MEMORY.ctypes.data
+        return {"shape": self.shape, "strides": self.strides, "typestr": "<V2", "data": (place, False), "version": 3}
+
+
+MEMORY = np.zeros(40, np.float32)
+LOGITS = MEMORY[:12].reshape(4, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "out"),
+    [
+        ("has strides", as_strided(MEMORY[20:], (4, 3), (0, 4))),
+        ("shares memory with logits", MEMORY[3:15].reshape(4, 3)),
+        ("shares memory with logits", LOGITS[::-1]),
+        ("shares memory with target", MEMORY[18:30].reshape(4, 3)),
+        ("", LOGITS),
+        ("", MEMORY[:12].reshape(4, 3)),
+        ("", MEMORY[24:36].reshape(4, 3)),
+        ("", MEMORY[24:].reshape(4, 4)[:, ::-1][:, :3]),
+    ],
+)
+def test_buffers_on_a_gpu_do_not_overlap(text: str, out: np.ndarray) -> None:
+    def check() -> None:
+        _check.buffers(
+            There(LOGITS), "logits", {"grad_out": There(out)}, {"target": There(MEMORY[12:24].reshape(4, 3))}
+        )
+
+    if text:
+        with pytest.raises(ValueError, match=text):
+            check()
+    else:
+        check()
+
+
+def test_buffers_without_entries() -> None:
+    _check.buffers(There(LOGITS[:0]), "logits", {"grad_out": There(LOGITS[:0])}, {})
+
+
+def test_what_is_asked_of_cupy_is_there() -> None:
+    cupy = pytest.importorskip("cupy", reason="needs CuPy, of which names are checked")
+    for name in ("MaxSharedMemoryPerBlockOptin", "MultiProcessorCount"):
+        assert hasattr(cupy.cuda.runtime, f"cudaDevAttr{name}")
+    assert hasattr(cupy.cuda.Device, "compute_capability")
+    assert hasattr(cupy.RawKernel, "max_dynamic_shared_size_bytes")
+    from xce._backends import cupy as backend
+
+    for name in ("run", "run_linear", "scan_labels", "scan_values", "to_numpy", "from_numpy", "view", "wrap"):
+        assert callable(getattr(backend, name))
