@@ -17,8 +17,8 @@ XCE_FN row_chunks chunks_of(const row_job &j, const row_view &v)
 {
     row_chunks s;
     s.shift = (unsigned)((uint64_t)v.x % 16 / sizeof(storage));
-    s.x = v.x - s.shift * sizeof(storage), s.grad = v.grad - s.shift * sizeof(output);
-    s.hess = v.hess - s.shift * sizeof(storage);
+    s.x = v.x - s.shift * sizeof(storage);
+    s.grad = v.grad ? v.grad - s.shift * sizeof(output) : 0, s.hess = v.hess ? v.hess - s.shift * sizeof(storage) : 0;
     s.count = (unsigned)((j.n_classes + s.shift + VEC - 1) / VEC);
     s.first_whole = s.shift != 0;
     unsigned end = (unsigned)((j.n_classes + s.shift) / VEC);
