@@ -82,6 +82,8 @@ def view(x: Any, name: str) -> Any:
             f"{name} is on GPU {x.device.id} but the current device is {current}: all arrays of a call must be on one, "
             f"with cupy.cuda.Device({x.device.id}): ..."
         )
+    if any(place % x.itemsize for place in (x.data.ptr, *x.strides)):  # to read it would end the context
+        raise ValueError(f"{name} does not lie at multiples of {x.itemsize} bytes, the size of an entry: copy it")
     return x
 
 
