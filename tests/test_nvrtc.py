@@ -93,11 +93,11 @@ def test_kernel_compiles(module: _cuda.Module, kernel: str, arch: str, reports: 
 def resident(module: _cuda.Module, arch: str) -> int:
     """How many threads of a module must fit on a multiprocessor."""
     definitions = dict(module.definitions)
+    level = definitions.get("XCE_LEVEL", "elements" if "XCE_FORMULA" in definitions else "others")
+    if arch == "100":  # for which the compiler needs more
+        return 512 if level in ("0", "others") else 256
     if "XCE_GROUP" not in definitions:
-        return RESIDENT["elements" if "XCE_FORMULA" in definitions else "others"]
-    level = definitions["XCE_LEVEL"]
-    if arch == "100":
-        return 512 if level == "0" else 256
+        return RESIDENT[level]
     is_long = module.storage == "float64" or definitions["XCE_WHAT"] == "4"
     return min(RESIDENT[level], 512) if is_long else RESIDENT[level]
 
