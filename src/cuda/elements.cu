@@ -27,15 +27,17 @@ XCE_FN int64_t place_of(const element_job &j, const numbers &a, int64_t flat)
     return a.adjacent ? flat * a.strides[j.axes - 1] : walk(j.shape, (int)j.axes, a.strides, flat);
 }
 
-/* Entries that do not lie in a chunk of their own type, one by one: called, as a kernel has forty of them. */
-template <class T> XCE_FAR T read_one(const element_job &j, const numbers &a, int64_t flat)
+/* Entries that do not lie in a chunk of their own type: called, as a kernel does this for eight arrays. */
+template <class T> XCE_FAR void read_apart(const element_job &j, const numbers &a, int64_t flat, T missing, T *out)
 {
-    return read_number<T>(a.data + place_of(j, a, flat), (int)a.kind);
+    for (int i = 0; i < VEC; i++)
+        out[i] = a.data && flat + i < j.n ? read_number<T>(a.data + place_of(j, a, flat + i), (int)a.kind) : missing;
 }
 
-XCE_FAR void write_one(const element_job &j, const numbers &a, int64_t flat, scalar x)
+XCE_FAR void write_apart(const element_job &j, const numbers &a, int64_t flat, const scalar *in)
 {
-    put<storage>(a.data + place_of(j, a, flat), x);
+    for (int i = 0; i < VEC && flat + i < j.n; i++)
+        put<storage>(a.data + place_of(j, a, flat + i), in[i]);
 }
 
 XCE_FN bool in_chunk(const element_job &j, const numbers &a, int64_t flat)
@@ -45,24 +47,36 @@ XCE_FN bool in_chunk(const element_job &j, const numbers &a, int64_t flat)
 
 template <class T> XCE_FN void read_numbers(const element_job &j, const numbers &a, int64_t flat, T missing, T *out)
 {
-    scalar x[VEC];
-    const bool is_chunk = a.data && in_chunk(j, a, flat);
-    if (is_chunk)
+    if (!a.data) {
+#pragma unroll
+        for (int i = 0; i < VEC; i++)
+            out[i] = missing;
+    } else if (in_chunk(j, a, flat)) {
+        scalar x[VEC];
         unpack(*(const chunk *)(a.data + flat * (int64_t)sizeof(storage)), x);
 #pragma unroll
-    for (int i = 0; i < VEC; i++)
-        out[i] = is_chunk ? (T)x[i] : a.data && flat + i < j.n ? read_one<T>(j, a, flat + i) : missing;
+        for (int i = 0; i < VEC; i++)
+            out[i] = (T)x[i];
+    } else {
+        T apart[VEC]; /* in memory, and only that */
+        read_apart<T>(j, a, flat, missing, apart);
+#pragma unroll
+        for (int i = 0; i < VEC; i++)
+            out[i] = apart[i];
+    }
 }
 
 XCE_FN void write_numbers(const element_job &j, const numbers &a, int64_t flat, const scalar *in)
 {
     if (in_chunk(j, a, flat))
         put_all<storage>(a.data + flat * (int64_t)sizeof(storage), in);
-    else
+    else {
+        scalar apart[VEC];
 #pragma unroll
         for (int i = 0; i < VEC; i++)
-            if (flat + i < j.n)
-                write_one(j, a, flat + i, in[i]);
+            apart[i] = in[i];
+        write_apart(j, a, flat, apart);
+    }
 }
 
 #if defined(XCE_FORMULA)

@@ -52,7 +52,7 @@ struct row_view {
 /* What it weighs. Read when it is needed: it would take registers from the loops. */
 struct row_weight {
     scalar index;              /* the coefficient of the labelled class; NaN for a bad label */
-    scalar sample, scale;      /* the row's, and 1 over the denominator of the mean */
+    scalar sample, factor;     /* the row's, and that over the denominator of the mean */
 };
 
 /* What a row leaves for its entries. */
@@ -115,8 +115,9 @@ XCE_FN row_weight weigh_row(const row_job &j, const row_view &v)
     }
     if (j.sample.data)
         w.sample = *(const scalar *)row_of(j, j.sample, find_row(j, v.row));
-    if (j.denominator)
-        w.scale = *j.denominator != 0 ? (scalar)(1 / *j.denominator) : 0;
+    w.factor = w.sample;
+    if (j.denominator) /* in double: one over it may be more than a float holds */
+        w.factor = *j.denominator != 0 ? (scalar)(w.sample / *j.denominator) : 0;
     return w;
 }
 
@@ -176,7 +177,7 @@ XCE_FN void finish_row(const row_job &j, const row_view &v, row_outputs *r, cons
     const bool is_sparse = LEVEL == FULL && v.indices, is_dense = LEVEL > SPARSE && j.dense;
     const row_weight w = weigh_row(j, v);
     row_target t;
-    t.factor = w.sample * w.scale, t.weight = w.sample, t.index = w.index, t.label_logit = v.label_logit;
+    t.factor = w.factor, t.weight = w.sample, t.index = w.index, t.label_logit = v.label_logit;
     t.label_is_top = v.label.value < 0 || v.label.value == r->top;
     t.d_top = t.d_label = t.v_top = t.t_top = t.gap_top = 0;
     t.sum = t.sum1 = t.sum2 = 0, t.z_loss = (scalar)j.z_loss;
@@ -285,7 +286,7 @@ XCE_FN filled_row fill(const row_job &j, const row_view &v, bool is_first)
 {
     const row_weight w = weigh_row(j, v);
     scalar a = v.label.value >= 0 ? w.index * w.sample : 0, bad = v.label.status == INVALID ? XCE_NAN : 0;
-    filled_row f = {v.label.status == ACTIVE ? -(a * w.scale) : bad, bad};
+    filled_row f = {v.label.value >= 0 ? -(w.index * w.factor) : bad, bad};
     if (is_first && j.value.data)
         *(scalar *)row_of(j, j.value, find_row(j, v.row)) = v.label.status == IGNORED ? 0
                                               : v.label.value < 0     ? bad

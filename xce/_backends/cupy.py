@@ -120,6 +120,8 @@ def view(x: Any, name: str) -> Any:
         cupy.cuda.runtime.getDevice()
     except cupy.cuda.runtime.CUDARuntimeError as error:
         raise ImportError(f"{name} is an array of CuPy, which finds no GPU: is the driver installed?") from error
+    if any(place % x.itemsize for place in (x.data.ptr, *x.strides)):  # to read it would end the context
+        raise ValueError(f"{name} does not lie at multiples of {x.itemsize} bytes, the size of an entry: copy it")
     return x
 
 
