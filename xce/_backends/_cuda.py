@@ -7,6 +7,7 @@ the tests have one that runs the same kernels on the CPU.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from functools import cache
 from importlib.resources import files
@@ -35,11 +36,6 @@ from xce._elements import ElementCall
 
 AXES = 8  # of arrays, after neighbours were joined; XCE_AXES of job.h
 _WHAT = {"loss": 0, "softmax": 1, "log_softmax": 2, "logsumexp": 3, "stats": 4, "state": 5, "nll": 6}
-_PHIS = ("cross_entropy", "focal_loss", "poly_loss", "generalized_cross_entropy", "forward", "reverse", "js")
-_FORMULAS = (
-    "binary_cross_entropy", "binary_cross_entropy_with_logits", "sigmoid_focal_loss", "asymmetric_loss",
-    "soft_margin_loss", "kl_div", "kl_div_log_target",
-)  # fmt: skip
 
 _I8, _F8 = np.int64, np.float64
 OPERAND = np.dtype([("data", _I8), ("classes", _I8), ("rows", _I8, AXES)])
@@ -164,6 +160,19 @@ def text(*names: str) -> str:
         kept = ("" if line.startswith('#include "') else line for line in lines)
         parts.append(f'#line 1 "{name}"\n' + "\n".join(kept))
     return "\n".join(parts) + "\n"
+
+
+@cache
+def names(macro: str) -> tuple[str, ...]:
+    """The losses of a list in formulas.h, where they are numbered in this order."""
+    found = re.search(rf"#define {macro}\(LOSS\)(( *\\\n)?.*LOSS\(\w+\))+", text("formulas.h"))
+    assert found
+    return tuple(re.findall(r"LOSS\((\w+)\)", found[0].partition("(LOSS)")[2]))
+
+
+def phis() -> tuple[str, ...]:
+    """The functions of a log-probability, and then those of two."""
+    return names("XCE_SOFTMAX_LOSSES") + names("XCE_DIVERGENCES")
 
 
 _COMMON = ("cuda/threads.h", "primitives.h", "formulas.h", "cuda/job.h", "cuda/places.h")
@@ -338,7 +347,7 @@ def row_losses(device: Device, call: Call, value: Any, denominator: Any) -> tupl
     weight, sample = _weights(device, call, scalar)
     if logits.size:
         options = {
-            "phi": _PHIS.index(call.phi),
+            "phi": phis().index(call.phi),
             "parameter": call.phi_param,
             "dense": (q is not None and call.teacher_indices is None) or call.label_smoothing != 0,
             "teacher": call.op == "distillation",
@@ -673,16 +682,16 @@ def modules() -> Iterable[tuple[Module, str]]:
     regimes = [_STRIDED, *(regime for _, regime in (*_REGIMES, *_CLUSTERS))]
     for storage in ("float32", "float64", "float16", "bfloat16"):
         for regime in regimes:
-            for level, phi in ((SPARSE, 0), (DENSE, 0), (FULL, len(_PHIS) - 1)):
+            for level, phi in ((SPARSE, 0), (DENSE, 0), (FULL, len(phis()) - 1)):
                 yield rows_module(storage, regime, level, _WHAT["loss"], phi), "rows"
-        for phi in range(1, _PHIS.index("forward")):
+        for phi in range(1, len(names("XCE_SOFTMAX_LOSSES"))):
             yield rows_module(storage, _REGIMES[-1][1], SPARSE, _WHAT["loss"], phi), "rows"
-        for phi in range(1, len(_PHIS) - 1):
+        for phi in range(1, len(phis()) - 1):
             yield rows_module(storage, _REGIMES[-1][1], FULL, _WHAT["loss"], phi), "rows"
         for what in _WHAT.values():
             level = DENSE if what == _WHAT["state"] else SPARSE
             yield rows_module(storage, _REGIMES[-1][1], level, what), "rows"
-        for formula in _FORMULAS:
+        for formula in names("XCE_ELEMENT_LOSSES"):
             yield Module(storage, ELEMENTS, (("XCE_FORMULA", formula),)), "elements"
     for output in ("float16", "bfloat16"):
         for level in (SPARSE, DENSE, FULL):
