@@ -22,14 +22,11 @@ template <int GROUP, int CLUSTER, int LEVEL> XCE_FN void all_rows(const row_job 
 /* One kernel a module: XCE_GROUP threads share a row (1: classes with a stride), XCE_CLUSTER blocks, at XCE_LEVEL. Which one a
  * row gets is decided in xce/_backends/_cuda.py. */
 #if defined(XCE_GROUP)
-/* Threads that shall be resident on a multiprocessor: 768 leave each of them 80 registers, 512 leave 128. The compiler needs
- * more of them for compute capability 10. */
-#if XCE_LEVEL == 0 && !defined(XCE_STORAGE_float64) && XCE_WHAT != 4 && __CUDA_ARCH__ < 1000
-#define XCE_RESIDENT 768
-#elif XCE_LEVEL == 0 || (__CUDA_ARCH__ < 1000 && !(XCE_LEVEL == 2 && defined(XCE_STORAGE_float64)))
-#define XCE_RESIDENT 512
+/* Threads that shall be resident on a multiprocessor: 768 leave each of them 80 registers, 512 leave 128. */
+#if XCE_LEVEL == 0
+#define XCE_RESIDENT (!XCE_TAKES_MORE && sizeof(scalar) == 4 && XCE_WHAT != STATS ? 768 : 512)
 #else
-#define XCE_RESIDENT 256
+#define XCE_RESIDENT (!XCE_TAKES_MORE && (sizeof(scalar) == 4 || XCE_LEVEL == DENSE) ? 512 : 256)
 #endif
 XCE_KERNEL(XCE_CLUSTER) XCE_BOUNDS(XCE_THREADS, XCE_RESIDENT / XCE_THREADS) rows(XCE_JOB(row_job) j)
 {

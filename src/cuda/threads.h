@@ -87,6 +87,7 @@ XCE_FN scalar r_greatest(scalar a, scalar b) { return fmaxf(a, b); }
 #define XCE_SHARED_ARRAY(type, name) extern __shared__ type name[]
 #define XCE_JOB(type) const __grid_constant__ type /* read where it lies, in constant memory */
 #define XCE_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
+#define XCE_TAKES_MORE (__CUDA_ARCH__ >= 1000) /* registers for the same text */
 #define XCE_KERNEL(cluster) XCE_PASTE(XCE_KERNEL_, cluster)
 #define XCE_KERNEL_1 extern "C" __global__ void
 #if __CUDA_ARCH__ >= 900 /* clusters: blocks that see each other's shared memory */
