@@ -225,7 +225,7 @@ def mirror() -> Iterator[on_gpu.Elsewhere]:
     with (
         cupy.cuda.using_allocator(allocate),
         mock.patch.object(_check, "_memory", memory),
-        mock.patch.object(cupy.cuda, "Device", return_value=mock.Mock(id=0)),
+        mock.patch.object(cupy.cuda, "Device", return_value=mock.MagicMock(id=0)),
         mock.patch.object(cupy.cuda.runtime, "getDevice", return_value=0),
         mock.patch.object(backend, "_device", return_value=Device()),
         mock.patch.multiple(

@@ -164,7 +164,7 @@ XCE_FN void remove(scalar *a, bool is_there, int place) /* without an index that
 /* The coefficients of a chunk; 0 beyond the row. */
 XCE_FN void coefficients(const row_job &j, const row_view &v, const row_chunks &s, unsigned k, scalar *d)
 {
-    const char *q = v.q - s.shift * sizeof(storage) + (uint64_t)k * 16;
+    const char *q = v.q ? v.q + ((int64_t)k * 16 - (int64_t)(s.shift * sizeof(storage))) : 0;
     const bool is_near = is_whole(s, k) && !j.q_is_scalar && j.q.classes == sizeof(storage) && (uint64_t)q % 16 == 0;
     if (v.q && is_near)
         unpack(*(const chunk *)q, d);
