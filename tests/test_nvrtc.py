@@ -1,8 +1,8 @@
 """Every CUDA kernel compiles for the GPUs that are about, with no GPU present, and keeps its numbers in registers.
 
 The compiler's own report tells the registers of a kernel and what it spills to memory. NVRTC compiles in several
-threads at a time, so all selected tests' modules are compiled at once. Each module is compiled for one architecture,
-all four in turns; ``XCE_EVERY_ARCHITECTURE=1`` compiles all for all, as CI does: ten minutes of one core.
+threads at a time, so all selected tests' modules are compiled at once. Each kernel is compiled for each architecture and
+each storage type; those of rows in all regimes, by turns. ``XCE_EVERY_ARCHITECTURE=1`` compiles all for all.
 """
 
 from __future__ import annotations
@@ -24,10 +24,30 @@ from xce._backends.cupy import _OPTIONS  # noqa: E402
 ARCHITECTURES = ("75", "80", "90", "100")
 EVERY = os.environ.get("XCE_EVERY_ARCHITECTURE") == "1"
 REGISTERS = 65536  # of a multiprocessor, of all these
+REGIME = ("XCE_GROUP", "XCE_CLUSTER", "XCE_THREADS")
+
+
+def pairs() -> Iterator[tuple[_cuda.Module, str, str]]:
+    """The modules, a kernel of each, and what it is compiled for."""
+    turns: dict[Any, int] = {}
+    for module, kernel in (*_cuda.modules(), *_cuda_linear.modules(), *_cuda_scale.modules()):
+        loss = [value for name, value in module.definitions if name not in REGIME]
+        in_regimes = dict(module.definitions).get("XCE_WHAT") == "0" and loss in IN_REGIMES
+        turn = turns.setdefault((module.storage, *loss), 0)
+        turns[(module.storage, *loss)] += 1
+        for number, arch in enumerate(ARCHITECTURES):
+            if EVERY or not in_regimes or turn % len(ARCHITECTURES) == number:
+                yield module, kernel, arch
+
+
+# what modules() has in every regime
+IN_REGIMES = [
+    [value for name, value in _cuda.rows_module("", _cuda._STRIDED, level, 0, phi).definitions if name not in REGIME]
+    for level, phi in ((0, 0), (1, 0), (2, len(_cuda.phis()) - 1))
+]
 CASES = [
     pytest.param(module, kernel, arch, id="-".join([f"sm_{arch}", module.storage, *(v for _, v in module.definitions)]))
-    for number, (module, kernel) in enumerate((*_cuda.modules(), *_cuda_linear.modules(), *_cuda_scale.modules()))
-    for arch in (ARCHITECTURES if EVERY else ARCHITECTURES[number % 4 : number % 4 + 1])
+    for module, kernel, arch in dict.fromkeys(pairs())
 ]
 
 # Threads that must fit on a multiprocessor, so that some wait for memory while others compute: rows of each level of
