@@ -1,8 +1,8 @@
 """Every CUDA kernel compiles for the GPUs that are about, with no GPU present, and keeps its numbers in registers.
 
-The compiler's own report tells the registers of a kernel and what it spills to memory. NVRTC compiles in several
-threads at a time, so all selected tests' modules are compiled at once. Each kernel is compiled for each architecture and
-each storage type; those of rows in all regimes, by turns. ``XCE_EVERY_ARCHITECTURE=1`` compiles all for all.
+The report of the compiler tells the registers of a kernel and what it spills to memory. NVRTC compiles in several
+threads at a time, so all selected tests' modules are compiled at once. Each kernel is compiled for each architecture
+and each storage type; those of rows in all regimes, by turns. ``XCE_EVERY_ARCHITECTURE=1`` compiles all for all.
 """
 
 from __future__ import annotations
