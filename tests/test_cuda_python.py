@@ -72,6 +72,7 @@ def test_what_is_asked_of_cupy_is_there() -> None:
         assert hasattr(cupy.cuda.runtime, f"cudaDevAttr{name}")
     assert hasattr(cupy.cuda.Device, "compute_capability")
     assert hasattr(cupy.RawKernel, "max_dynamic_shared_size_bytes")
+    assert hasattr(cupy.RawKernel, "preferred_shared_memory_carveout")
     from xce._backends import cupy as backend
 
     for name in ("run", "run_linear", "scan_labels", "scan_values", "to_numpy", "from_numpy", "view", "wrap"):

@@ -239,6 +239,12 @@ class Rows:
         job["shape"][: len(self.shape)] = self.shape
 
 
+def keeps_rows(module: Module) -> bool:
+    """Whether a kernel keeps what it reads of rows in shared memory."""
+    values = dict(module.definitions)
+    return values.get("XCE_GROUP", "1") != "1" and values["XCE_LEVEL"] != str(FULL)
+
+
 def storage_name(x: Any) -> str:
     """The storage type of an array of floats."""
     return "bfloat16" if x.dtype.kind not in "fd" else str(x.dtype)

@@ -99,8 +99,9 @@ def _function(module: _cuda.Module, kernel: str, number: int) -> Any:
     definitions = (f"-D{name}={value}" for name, value in module.definitions)
     options = (*_OPTIONS, f"-DXCE_STORAGE_{module.storage}", *definitions)
     function = cupy.RawModule(code=_cuda.text(*module.files), options=options).get_function(kernel)
-    if "XCE_GROUP" in dict(module.definitions):  # more than 48 KiB must be asked for, once, not by every launch
-        function.max_dynamic_shared_size_bytes = _device(number).shared_bytes
+    if _cuda.keeps_rows(module):  # once, not by every launch
+        function.max_dynamic_shared_size_bytes = _device(number).shared_bytes  # more than 48 KiB must be asked for
+        function.preferred_shared_memory_carveout = 100  # the driver may else leave room for one block only
     return function
 
 
