@@ -1301,7 +1301,7 @@ def linear_cross_entropy(
         The layer's bias; -inf removes a class.
     chunk_rows : int, optional
         The number of rows whose logits are in memory at a time. None: as many as fit into 128 MiB, at least
-        one.
+        one; on a GPU, into a 32nd of its memory, at most 4096.
     weight : array of shape (C,), optional
         Class weights of the loss, floating, finite and not negative.
     ignore_index : int, default -100
@@ -1358,7 +1358,8 @@ def linear_cross_entropy(
     that have no kernels are computed at once. The products depend in their last digits on the BLAS
     library, its threads and `chunk_rows`, and so does the result.
 
-    16-bit gradients of the parameters are rounded after each chunk; with many chunks, give buffers of float32.
+    16-bit gradients of the parameters are rounded after each chunk; with many chunks, give buffers of float32. On a
+    GPU they are rounded once: several chunks add up in float32, in the buffer itself if it is of float32.
 
     What is not finite in `linear_weight` makes the gradients of all inputs NaN, as it does in the product. The
     other edges are those of `cross_entropy`. An error leaves every buffer untouched.
