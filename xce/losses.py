@@ -108,7 +108,7 @@ def cross_entropy(
         Upper bound on the number of threads. The result does not depend on it.
     validate : bool, default True
         False skips the checks that read the data: labels, probabilities and weights. A bad label then makes
-        its row NaN.
+        its row NaN, and a call on a GPU waits for nothing.
 
     Returns
     -------
