@@ -51,6 +51,7 @@ inline ucontext_t scheduler;
 inline fibre *current;
 inline int3 grid_dim, block_dim;
 inline unsigned steps; /* counts what moved on, to notice a deadlock */
+inline unsigned turn; /* of clusters: in every second one the last fibre goes first, which shows who relies on the other order */
 
 inline void yield() { swapcontext(&current->context, &scheduler); }
 
@@ -132,15 +133,18 @@ inline void launch(void (*kernel)(void), unsigned grid, unsigned x, unsigned y, 
             f.context.uc_link = &scheduler;
             makecontext(&f.context, run_fibre, 0);
         }
+        turn++;
         for (bool left = true; left;) {
             unsigned before = steps;
             left = false;
-            for (auto &f : fibres)
+            for (size_t i = 0; i < fibres.size(); i++) {
+                fibre &f = fibres[turn % 2 ? i : fibres.size() - 1 - i];
                 if (!f.done) {
                     current = &f;
                     swapcontext(&scheduler, &f.context);
                     left |= !f.done;
                 }
+            }
             if (left && steps == before) {
                 std::fprintf(stderr, "deadlock: threads wait for others that do not come\n");
                 std::abort();

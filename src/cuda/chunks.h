@@ -253,7 +253,10 @@ XCE_FN void chunked_row(const row_job &j, int64_t row, chunk *kept, message_boar
     const row_view v = view_row<LEVEL>(j, row);
     const row_chunks s = chunks_of(j, v);
     if (is_filled(j, v)) {
-        fill_row<GROUP, CLUSTER>(j, v, s, fill(j, v, rank == 0), rank);
+        const filled_row f = fill(j, v, rank == 0);
+        if (WHAT(j) == NLL && v.grad)
+            group_barrier<GROUP, CLUSTER>(); /* the gradient may go where the entry at the label has just been read */
+        fill_row<GROUP, CLUSTER>(j, v, s, f, rank);
         return;
     }
     keep_chunks<GROUP, CLUSTER>(j, s, rank, kept);

@@ -129,7 +129,9 @@ XCE_FN void plain_row(const row_job &j, int64_t row, message_board *board, row_o
     const int64_t n = j.n_classes;
     row_view v = view_row<LEVEL>(j, row);
     if (is_filled(j, v)) {
-        filled_row f = fill(j, v, rank == 0);
+        const filled_row f = fill(j, v, rank == 0);
+        if (WHAT(j) == NLL && v.grad)
+            group_barrier<GROUP, CLUSTER>();
         for (int64_t c = rank; c < n; c += GROUP * CLUSTER) {
             if (v.grad)
                 put<output>(v.grad + c * j.grad.classes, c == v.label.value ? f.at_label : f.elsewhere);
