@@ -194,7 +194,7 @@ static inline long long __double_as_longlong(double a) { long long b; std::memcp
 static inline float half_to_float(uint16_t a) { _Float16 b; std::memcpy(&b, &a, sizeof b); return (float)b; }
 static inline uint16_t double_to_half(double a) { _Float16 b = (_Float16)a; uint16_t c; std::memcpy(&c, &b, sizeof c); return c; }
 static inline uint16_t float_to_half(float a) { _Float16 b = (_Float16)a; uint16_t c; std::memcpy(&c, &b, sizeof c); return c; }
-static inline float exp2_unit(float a) { return std::exp2(a); }
+static inline float exp2_unit(float a) { float b = std::exp2(a); return b < 0x1p-126f ? 0 : b; } /* ftz */
 static inline float max_or_nan(float a, float b) { return b > a ? b : a; }
 static inline void copy_16(void *to, const void *from) { std::memcpy(to, from, 16); }
 static inline void wait_for_copies() {}

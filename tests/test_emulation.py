@@ -149,6 +149,17 @@ def test_edges() -> None:
         xce.cross_entropy(np.zeros((2, 3)), np.array([0, 3]))
 
 
+@pytest.mark.parametrize("shape", [(2, 3), (2, 407)])
+def test_a_row_with_a_bad_label_is_nan_in_all_that_is_returned(shape: tuple[int, int]) -> None:
+    u = xce.log_softmax(np.zeros(shape, np.float32))
+    labels = np.array([0, shape[1]])
+    for loss in (xce.nll_loss, xce.cross_entropy):
+        results = loss(u, labels, reduction="none", validate=False, **FLAGS)
+        for result in results:
+            assert np.isfinite(result[0]).all()
+            assert np.isnan(result[1]).all()
+
+
 def test_every_run_has_the_same_bits() -> None:
     x, y, _ = problem({}, shape=(7, 203), dtype=np.float32)
     runs = [xce.cross_entropy(x, y, return_grad=True, label_smoothing=0.1) for _ in range(3)]

@@ -235,7 +235,7 @@ XCE_FN void fill_row(const row_job &j, const row_view &v, const row_chunks &s, f
     scalar g[VEC], h[VEC];
 #pragma unroll
     for (int i = 0; i < VEC; i++)
-        g[i] = f.elsewhere, h[i] = WHAT(j) == NLL ? 0 : f.elsewhere;
+        g[i] = h[i] = f.elsewhere;
     for (unsigned k = rank; k < s.count; k += GROUP * CLUSTER) {
         if (v.hess)
             write_chunk<storage>(j, s, s.hess, s.hess_fits, k, h);

@@ -136,7 +136,7 @@ XCE_FN void plain_row(const row_job &j, int64_t row, message_board *board, row_o
             if (v.grad)
                 put<output>(v.grad + c * j.grad.classes, c == v.label.value ? f.at_label : f.elsewhere);
             if (v.hess)
-                put<storage>(v.hess + c * j.hess.classes, WHAT(j) == NLL ? 0 : f.elsewhere);
+                put<storage>(v.hess + c * j.hess.classes, f.elsewhere);
         }
         return;
     }
