@@ -107,20 +107,24 @@ def _function(module: _cuda.Module, kernel: str, number: int) -> Any:
 
 def place(x: Any) -> AbstractContextManager[Any] | None:
     """Return the context of the device of `x`, or None if it is the current one."""
+    _current_number()
     return place_of(x.device.id)
 
 
 def place_of(number: int) -> AbstractContextManager[Any] | None:
     """Return the context of a device, or None if it is the current one."""
-    return None if number == cupy.cuda.runtime.getDevice() else cupy.cuda.Device(number)
+    return None if number == _current_number() else cupy.cuda.Device(number)
+
+
+def _current_number() -> int:
+    try:
+        return int(cupy.cuda.runtime.getDevice())
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise ImportError("to compute on the arrays of CuPy takes a GPU: is its driver installed?") from error
 
 
 def view(x: Any, name: str) -> Any:
     """Return `x`."""
-    try:
-        cupy.cuda.runtime.getDevice()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        raise ImportError(f"{name} is an array of CuPy, which finds no GPU: is the driver installed?") from error
     if any(place % x.itemsize for place in (x.data.ptr, *x.strides)):  # to read it would end the context
         raise ValueError(f"{name} does not lie at multiples of {x.itemsize} bytes, the size of an entry: copy it")
     return x
