@@ -2,7 +2,6 @@
  * Any kind of numbers, any strides. Nothing depends on the type of the logits: a module is compiled once. */
 
 enum { IS_LABEL, IS_WITHIN, IS_BEYOND }; /* what a scan asks */
-#define XCE_NOWHERE 0x7fffffffffffffffLL
 
 /* ---- numbers, exactly: float32 that is subnormal, too, which arithmetic flushes to 0 under -ftz=true --------------------- */
 
@@ -59,31 +58,15 @@ XCE_FN bool is_bad(const array_job &j, int64_t flat)
     return !(x >= j.low && x <= j.high);
 }
 
-struct place_array {
-    int64_t at[SUM_THREADS];
-};
-
-XCE_FN int64_t first_of_block(int64_t place)
-{
-    XCE_SHARED(place_array, places);
-    places.at[threadIdx.x] = place;
-    for (int step = (int)blockDim.x / 2; step; step /= 2) {
-        __syncthreads();
-        if ((int)threadIdx.x < step && places.at[threadIdx.x + step] < places.at[threadIdx.x])
-            places.at[threadIdx.x] = places.at[threadIdx.x + step];
-    }
-    return places.at[0]; /* of thread 0 alone */
-}
-
 #if defined(XCE_ARRAYS)
-/* The flat index of the first bad entry that a block sees, or XCE_NOWHERE. */
+/* The flat index of the first bad entry that a block sees, or NOWHERE. */
 XCE_KERNEL(1) scan(XCE_JOB(array_job) j)
 {
-    int64_t first = XCE_NOWHERE, step = (int64_t)gridDim.x * blockDim.x;
+    int64_t first = NOWHERE, step = (int64_t)gridDim.x * blockDim.x;
     for (int64_t flat = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; flat < j.n; flat += step)
         if (is_bad(j, flat) && flat < first)
             first = flat;
-    first = first_of_block(first);
+    first = join_block(first, [](int64_t a, int64_t b) { return a < b ? a : b; });
     if (threadIdx.x == 0)
         ((int64_t *)j.out.data)[blockIdx.x] = first;
 }

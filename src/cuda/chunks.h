@@ -197,16 +197,8 @@ XCE_FN void write_row(const row_job &j, const row_view &v, const row_chunks &s, 
         scalar x[VEC], g[VEC], h[VEC];
         unpack(raw, x);
 #pragma unroll
-        for (int i = 0; i < VEC; i++) {
-            if (WHAT(j) == LOG_SOFTMAX) {
-                g[i] = (x[i] - r.state.max) - r.state.log_z;
-                continue;
-            }
-            scalar e = r_exp_relative(x[i], r.state.ref), p = e * r.state.inverse;
-            g[i] = e * r.out_exp;
-            if (HESS)
-                h[i] = p * r_fma(p, r.out_hess2, r.out_hess1);
-        }
+        for (int i = 0; i < VEC; i++)
+            derivatives(j, r, x[i], &g[i], &h[i]);
         if (WHAT(j) == LOSS && is_linear<LEVEL>(j)) {
             scalar d[VEC];
             coefficients(j, v, s, k, d);
@@ -320,7 +312,7 @@ XCE_FN void chunked_row(const row_job &j, int64_t row, chunk *kept, message_boar
             found = agree<GROUP, CLUSTER>(found, board);
         found.above += top.value > v.label_logit;
         put_statistics<GROUP, CLUSTER, LEVEL>(j, v, r, linear[0], found, rank, board);
-        r.out_exp = r.state.inverse;
+        r.out_exp = r.state.inverse, r.out_hess1 = r.out_hess2 = 0;
     }
     if (v.grad || v.hess) {
         group_barrier<GROUP, CLUSTER>(); /* others may still read the entry at the label where the gradient goes */

@@ -3,14 +3,7 @@
 #ifndef XCE_ENTRIES_H
 #define XCE_ENTRIES_H
 
-/* The derivatives of one entry, and what a loss makes of them, by the raw logit. */
-XCE_FN void derivatives(const row_job &j, const row_outputs &r, scalar x, scalar *g, scalar *h)
-{
-    scalar e = r_exp_relative(x, r.state.ref), p = e * r.state.inverse;
-    *g = WHAT(j) == LOG_SOFTMAX ? (x - r.state.max) - r.state.log_z : e * r.out_exp;
-    *h = p * r_fma(p, r.out_hess2, r.out_hess1);
-}
-
+/* What the options of a loss make of the derivatives of one entry, by the raw logit. */
 template <int LEVEL>
 XCE_FN void loss_derivatives(const row_job &j, const row_view &v, const row_outputs &r, int64_t c, scalar x, scalar *g,
                              scalar *h)

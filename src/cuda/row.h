@@ -272,6 +272,14 @@ XCE_FN void put_statistics(const row_job &j, const row_view &v, const row_output
     *(int64_t *)row_of(j, j.rank, at) = v.label.value >= 0 && nan < 0 ? found.above : -1;
 }
 
+/* The derivatives of one entry; of a loss, where only labels count. */
+XCE_FN void derivatives(const row_job &j, const row_outputs &r, scalar x, scalar *g, scalar *h)
+{
+    scalar e = r_exp_relative(x, r.state.ref), p = e * r.state.inverse;
+    *g = WHAT(j) == LOG_SOFTMAX ? (x - r.state.max) - r.state.log_z : e * r.out_exp;
+    *h = p * r_fma(p, r.out_hess2, r.out_hess1);
+}
+
 /* A row of which nothing is summed: its value, the derivative at the label, and what all other entries get. */
 struct filled_row {
     scalar at_label, elsewhere;

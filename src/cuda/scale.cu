@@ -7,27 +7,22 @@ typedef struct {
     int64_t n;              /* of numbers, side by side */
 } scale_job;
 
-enum { SCALED = 16 / sizeof(storage) };
-
-struct __align__(16) scaled_chunk {
-    storage at[SCALED];
-};
-
 #if defined(XCE_SCALE)
-XCE_KERNEL(1) scale(scale_job j)
+XCE_KERNEL(1) scale(XCE_JOB(scale_job) j)
 {
     scalar factor = (scalar)*j.factor;
     if (factor == 1)
         return;
     int64_t step = (int64_t)gridDim.x * blockDim.x, first = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-    scaled_chunk *chunks = (scaled_chunk *)j.data;
-    for (int64_t k = first; k < j.n / SCALED; k += step) {
-        scaled_chunk c = chunks[k];
-        for (int i = 0; i < SCALED; i++)
-            c.at[i] = s_store(s_load(c.at[i]) * factor);
-        chunks[k] = c;
+    for (int64_t k = first; k < j.n / VEC; k += step) {
+        scalar x[VEC];
+        unpack(((const chunk *)j.data)[k], x);
+#pragma unroll
+        for (int i = 0; i < VEC; i++)
+            x[i] *= factor;
+        put_all<storage>(j.data + k * 16, x);
     }
-    for (int64_t i = j.n / SCALED * SCALED + first; i < j.n; i += step)
-        ((storage *)j.data)[i] = s_store(s_load(((storage *)j.data)[i]) * factor);
+    for (int64_t i = j.n / VEC * VEC + first; i < j.n; i += step)
+        put<storage>(j.data + i * (int64_t)sizeof(storage), s_load(((const storage *)j.data)[i]) * factor);
 }
 #endif

@@ -2,20 +2,26 @@
 
 enum { SUM_THREADS = 256 }; /* of a block at most; a power of two */
 
-struct double_array {
-    double at[SUM_THREADS];
+template <class T> struct of_threads {
+    T at[SUM_THREADS];
 };
 
-XCE_FN double sum_of_block(double sum)
+/* What the threads of a block have, joined in a tree; of thread 0 alone. */
+template <class T, class F> XCE_FN T join_block(T mine, F join)
 {
-    XCE_SHARED(double_array, sums);
-    sums.at[threadIdx.x] = sum;
+    XCE_SHARED(of_threads<T>, all);
+    all.at[threadIdx.x] = mine;
     for (int step = (int)blockDim.x / 2; step; step /= 2) {
         __syncthreads();
         if ((int)threadIdx.x < step)
-            sums.at[threadIdx.x] += sums.at[threadIdx.x + step];
+            all.at[threadIdx.x] = join(all.at[threadIdx.x], all.at[threadIdx.x + step]);
     }
-    return sums.at[0]; /* of thread 0 alone */
+    return all.at[0];
+}
+
+XCE_FN double sum_of_block(double sum)
+{
+    return join_block(sum, [](double a, double b) { return a + b; });
 }
 
 XCE_FN const char *row_of(const sum_job &j, const operand &o, int64_t row)

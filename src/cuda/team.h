@@ -37,8 +37,6 @@ struct statistics {
     }
 };
 
-const int64_t NOWHERE = 0x7fffffffffffffffLL;
-
 template <int GROUP> XCE_FN unsigned lanes_of_group()
 {
     if (GROUP >= 32)

@@ -27,6 +27,7 @@ from xce._backends._numbers import (
     common_dtype,
     distinct,
     has_options_beyond,
+    in_buffers,
     in_wider,
     is_beyond,
     is_plain,
@@ -175,9 +176,9 @@ def phis() -> tuple[str, ...]:
     return names("XCE_SOFTMAX_LOSSES") + names("XCE_DIVERGENCES")
 
 
-_COMMON = ("cuda/threads.h", "primitives.h", "formulas.h", "cuda/job.h", "cuda/places.h")
-ROWS = (*_COMMON, "cuda/team.h", "cuda/row.h", "cuda/chunks.h", "cuda/entries.h", "cuda/rows.cu")
-SUMS, ELEMENTS = (*_COMMON, "cuda/sums.cu"), (*_COMMON, "cuda/sums.cu", "cuda/elements.cu")
+COMMON = ("cuda/threads.h", "primitives.h", "formulas.h", "cuda/job.h", "cuda/places.h")
+ROWS = (*COMMON, "cuda/team.h", "cuda/row.h", "cuda/chunks.h", "cuda/entries.h", "cuda/rows.cu")
+SUMS, ELEMENTS = (*COMMON, "cuda/sums.cu"), (*COMMON, "cuda/sums.cu", "cuda/elements.cu")
 ARRAYS = Module("float64", (*ELEMENTS, "cuda/arrays.cu"), (("XCE_ARRAYS", "1"),))  # whatever the logits are
 
 
@@ -264,20 +265,7 @@ def _run(call: Any, device: Device) -> Any:
 def _in_one_piece(call: Any, device: Device) -> Any:
     """Compute a call on copies, whose axes join, and fill the caller's buffers."""
     copies = {name: a.copy() for name, a in zip(call._fields, call, strict=True) if hasattr(a, "strides")}
-    result = _run(call._replace(**copies | {"grad_out": None, "hess_out": None}), device)
-    if call.grad_out is call.hess_out is None:
-        return result
-    if not isinstance(result, tuple):  # a map
-        return _filled(call.grad_out, result)
-    loss, grad, hess = result
-    return loss, _filled(call.grad_out, grad), _filled(call.hess_out, hess)
-
-
-def _filled(buffer: Any, x: Any) -> Any:
-    if buffer is None:
-        return x
-    buffer[...] = x
-    return buffer
+    return in_buffers(call, _run(call._replace(**copies | {"grad_out": None, "hess_out": None}), device))
 
 
 def is_beyond_float32(call: Any, device: Device) -> bool:

@@ -32,6 +32,7 @@ CHUNK_SHARE = 32  # of the GPU's memory, for a chunk: 4.4 GB of an H200's, 5700 
 ALIGNED_BYTES = 16  # of the rows of what is allocated here: what tensor cores want, and loads of 16 bytes
 COPY_TURNS = 4  # TURNS of linear.cu
 LARGEST = 2**31 - 1  # sizes in BLAS
+_FILES = (*_cuda.COMMON, "cuda/linear.cu")
 
 # fmt: off
 RANGE = np.dtype([(name, np.int64) for name in ("data", "columns", "first", "axes")]
@@ -339,14 +340,13 @@ def _copier(source: Any, target: Any) -> Module:
         how, narrow = ("NARROW", target) if target.itemsize == 2 else ("WIDEN", source)
         storage = "float16" if narrow == np.float16 else "bfloat16"
     definitions = (("XCE_COPY", how), ("XCE_BYTES", str(target.itemsize)))
-    return Module(storage, (*_cuda._COMMON, "cuda/linear.cu"), definitions)
+    return Module(storage, _FILES, definitions)
 
 
 def modules() -> Iterable[tuple[Module, str]]:
     """Every kind of module with a kernel of it, for the tests that compile them."""
-    files = (*_cuda._COMMON, "cuda/linear.cu")
     for size in ("1", "2", "4", "8"):
-        yield Module("float32", files, (("XCE_COPY", "SAME"), ("XCE_BYTES", size))), "copy_rows"
+        yield Module("float32", _FILES, (("XCE_COPY", "SAME"), ("XCE_BYTES", size))), "copy_rows"
     for storage in ("float16", "bfloat16"):
         for how, size in (("WIDEN", "4"), ("NARROW", "2")):
-            yield Module(storage, files, (("XCE_COPY", how), ("XCE_BYTES", size))), "copy_rows"
+            yield Module(storage, _FILES, (("XCE_COPY", how), ("XCE_BYTES", size))), "copy_rows"

@@ -1,4 +1,4 @@
-"""What the backends with kernels share: which numbers these read, and what float32 is too narrow for."""
+"""What backends share: which numbers kernels read, what float32 is too narrow for, and the filling of buffers."""
 
 from __future__ import annotations
 
@@ -66,6 +66,24 @@ def in_wider(
     loss, grad, hess = result
     own = FLOAT64 if logits.dtype == FLOAT64 else FLOAT32
     return cast(loss, own), narrow(grad, logits, call.grad_out), narrow(hess, logits, call.hess_out)
+
+
+def fill(buffer: Any, x: Any) -> Any:
+    """Write `x` into the caller's buffer, and return that; `x` itself if there is none."""
+    if buffer is None:
+        return x
+    buffer[...] = x
+    return buffer
+
+
+def in_buffers(call: Any, result: Any) -> Any:
+    """Return what a call without buffers has returned, in those of `call`."""
+    if call.grad_out is None and call.hess_out is None:
+        return result
+    if not isinstance(result, tuple):  # a map
+        return fill(call.grad_out, result)
+    loss, grad, hess = result
+    return loss, fill(call.grad_out, grad), fill(call.hess_out, hess)
 
 
 def distinct(x: Any) -> Any:

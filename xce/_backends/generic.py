@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from xce import _reference
+from xce._backends._numbers import fill, in_buffers
 from xce._backends._scan import scan_labels, scan_values
 from xce._call import Call, LinearCall
 
@@ -34,23 +35,10 @@ def wrap(result: Any) -> Any:
 
 def run(call: Call) -> Any:
     """Compute `call` by the reference and fill the caller's buffers."""
-    result = _reference.run(call)
-    if call.grad_out is None and call.hess_out is None:
-        return result
-    if not isinstance(result, tuple):  # a map
-        return _fill(call.grad_out, result)
-    loss, grad, hess = result
-    return loss, _fill(call.grad_out, grad), _fill(call.hess_out, hess)
+    return in_buffers(call, _reference.run(call))
 
 
 def run_linear(call: LinearCall) -> Any:
     """Compute `call` by the reference and fill the caller's buffers."""
     loss, grads = _reference.run_linear(call)
-    return loss, tuple(_fill(buffer, grad) for buffer, grad in zip(call.grad_out, grads, strict=True))
-
-
-def _fill(buffer: Any, value: Any) -> Any:
-    if buffer is None:
-        return value
-    buffer[...] = value
-    return buffer
+    return loss, tuple(fill(buffer, grad) for buffer, grad in zip(call.grad_out, grads, strict=True))
