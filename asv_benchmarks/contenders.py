@@ -159,7 +159,7 @@ class Scipy:
 PEERS: tuple[Callable[[int], Peer], ...] = (TorchEager, TorchCompiled, JaxOptax, ScikitLearn, Scipy)
 
 
-# Floors. On the machine of PERFORMANCE torch is the fastest (8192x1000: sum 0.24 ms and copy 1.29 ms, against
+# Floors. On the machine of the README's tables torch is the fastest (8192x1000: sum 0.24 ms and copy 1.29 ms, against
 # 0.70 and 1.52 for NumPy in two threads). NumPy serves where torch is missing or slower: both race, and the
 # faster one counts.
 

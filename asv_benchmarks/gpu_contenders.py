@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,7 +35,7 @@ class Xce:
     def calls(self, task: Task, what: str, sets: Sequence[Inputs]) -> list[Call]:
         function, options = getattr(xce, task.loss), dict(task.options)
         options |= {} if task.is_of_elements else {"axis": task.axis}
-        options["validate"] = "checked" in what
+        options |= {"validate": "checked" in what, "reduction": "none" if "none" in what else "mean"}
 
         def call(x: Any, y: Any, grad: Any) -> Call:
             if what.startswith("value"):
@@ -45,7 +46,8 @@ class Xce:
         return [call(*arrays) for arrays in sets]
 
     def answer(self, call: Call) -> tuple[Any, Any]:
-        return call()
+        value, grad = call()
+        return value.astype(np.float64).mean(), grad
 
 
 class Torch:
@@ -59,23 +61,24 @@ class Torch:
 
         self.torch, self.xp = torch, xp
 
-    def function(self, task: Task) -> Callable[[Any, Any], Any]:
-        functional, options = self.torch.nn.functional, dict(task.options)
+    def function(self, task: Task, reduction: str = "mean") -> Callable[[Any, Any], Any]:
+        functional, options = self.torch.nn.functional, dict(task.options) | {"reduction": reduction}
         if task.is_of_elements:
-            return functional.binary_cross_entropy_with_logits
+            return lambda x, y: functional.binary_cross_entropy_with_logits(x, y, reduction=reduction)
         if "gamma" in options:
 
             def focal(x: Any, y: Any) -> Any:
                 u = -functional.cross_entropy(x.float(), y, reduction="none")
-                return (-((-u.expm1()) ** options["gamma"]) * u).mean()
+                rows = -((-u.expm1()) ** options["gamma"]) * u
+                return rows if reduction == "none" else rows.mean()
 
             return focal
         return lambda x, y: functional.cross_entropy(x, y, **options)
 
     def calls(self, task: Task, what: str, sets: Sequence[Inputs]) -> list[Call]:
-        if what not in ("value", "gradient"):
+        if what not in ("value", "gradient", "value, none", "gradient, none"):
             raise NotImplementedError
-        function = self.function(task)
+        function = self.function(task, "none" if "none" in what else "mean")
         return [self.call(function, what, self.tensor(s.x), self.tensor(s.y)) for s in sets]
 
     def call(self, function: Callable[[Any, Any], Any], what: str, x: Any, y: Any) -> Call:
@@ -86,9 +89,9 @@ class Torch:
         def gradient() -> tuple[Any, Any]:
             leaf = x.detach().requires_grad_()
             loss = function(leaf, y)
-            return loss.detach(), self.torch.autograd.grad(loss, leaf)[0]
+            return loss.detach(), self.torch.autograd.grad(loss, leaf, self.torch.ones_like(loss))[0]
 
-        return value if what == "value" else gradient
+        return value if what.startswith("value") else gradient
 
     def tensor(self, x: Any) -> Any:
         """An array as a tensor; of 16 bits as integers, which DLPack knows in every version."""
@@ -106,15 +109,15 @@ class Torch:
 
     def answer(self, call: Call) -> tuple[Any, Any]:
         value, grad = call()
-        return float(value), None if grad is None else self.array(grad)
+        return float(value.double().mean()), None if grad is None else self.array(grad)
 
 
 class TorchCompiled(Torch):
     name = "torch.compile"
 
-    def function(self, task: Task) -> Callable[[Any, Any], Any]:
+    def function(self, task: Task, reduction: str = "mean") -> Callable[[Any, Any], Any]:
         self.torch.compiler.reset()  # else the ninth shape would quietly run eagerly
-        return self.torch.compile(super().function(task), dynamic=False)
+        return self.torch.compile(super().function(task, reduction), dynamic=False)
 
 
 class Liger(Torch):
@@ -144,7 +147,7 @@ class Quack(Torch):
 
         self.loss = cross_entropy
 
-    def function(self, task: Task) -> Callable[[Any, Any], Any]:
+    def function(self, task: Task, reduction: str = "mean") -> Callable[[Any, Any], Any]:
         if task.loss != "cross_entropy" or task.axis != -1 or task.options:
             raise NotImplementedError
-        return self.loss
+        return partial(self.loss, reduction=reduction)

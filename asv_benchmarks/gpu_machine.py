@@ -66,6 +66,7 @@ class Machine(Protocol):
 
     def time(self, calls: Sequence[Callable[[], Any]], library: str, seconds: float) -> Times: ...
     def copy(self, source: Any, to: Any) -> None: ...
+    def wait(self) -> None: ...
     def free(self) -> None: ...
     def about(self) -> dict[str, str]: ...
 
@@ -143,6 +144,9 @@ class Cuda:
 
     def copy(self, source: Any, to: Any) -> None:
         to.data.copy_from_device_async(source.data, source.nbytes)
+
+    def wait(self) -> None:
+        self.cupy.cuda.Device().synchronize()
 
     def free(self) -> None:
         self.cupy.get_default_memory_pool().free_all_blocks()
@@ -230,9 +234,9 @@ class Oracle:
         self.step = max(1, CHUNK * task.shape[0] // math.prod(task.shape))
         self.value = sum(float(self._part(part)[0].sum()) for part in self._parts()) / self.count
 
-    def disagreement(self, value: Any, grad: Any) -> str | None:
-        """How the answer is wrong, or None if it is right."""
-        tolerance = TOLERANCE[self.task.dtype]
+    def disagreement(self, value: Any, grad: Any, *, of_rows: bool = False) -> str | None:
+        """How the answer is wrong, or None if it is right; a mean, or (the mean of) what rows have, each by itself."""
+        tolerance, count = TOLERANCE[self.task.dtype], 1 if of_rows else self.count
         if not abs(float(value) - self.value) <= tolerance * abs(self.value):
             return f"value {float(value):.9g}, not {self.value:.9g}"
         if grad is None:
@@ -243,8 +247,8 @@ class Oracle:
         worst = 0.0
         for part in self._parts():
             _, exact, size = self._part(part)
-            error = self.xp.abs(self._moved(widened(self.xp, grad[part])) - exact / self.count)
-            allowed = tolerance * size / self.count + smallest
+            error = self.xp.abs(self._moved(widened(self.xp, grad[part])) - exact / count)
+            allowed = tolerance * size / count + smallest
             found = float((error / allowed).max())
             worst = max(worst, math.inf if math.isnan(found) else found)
         return None if worst <= 1 else f"gradient wrong by {worst:.2g} times the tolerance of {tolerance:g}"

@@ -1,4 +1,4 @@
-"""Print how fast xce is beside its peers and beside the memory itself: the tables of PERFORMANCE.
+"""Print how fast xce is beside its peers and beside the memory itself: the tables of README.md.
 
     python asv_benchmarks/peers.py                               value and gradient, every peer, five shapes
     python asv_benchmarks/peers.py --what value --shapes 8192x1000 --repeat 3

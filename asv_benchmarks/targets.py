@@ -1,4 +1,4 @@
-"""The CPU targets of PERFORMANCE that compare xce with itself: dtypes, options, layouts, threads, memory."""
+"""The targets on a CPU that compare xce with itself: dtypes, options, layouts, threads, memory."""
 
 from __future__ import annotations
 

@@ -29,6 +29,14 @@ def log_tail(z: mp.mpf) -> mp.mpf:
     return (2 * mp.atanh(s) - 2 * s) / (s * z)
 
 
+def cosh_tail(z: mp.mpf) -> mp.mpf:
+    """J in d tanh(d/2) - 2 log(cosh(d/2)) = z J(z), z = d^2."""
+    if z < mp.mpf("1e-12"):
+        return mp.mpf(1) / 4 - z / 32
+    half = mp.sqrt(z) / 2
+    return (2 * half * mp.tanh(half) - 2 * mp.log(mp.cosh(half))) / z
+
+
 def remez(
     f: Callable, weight: Callable, degree: int, low: mp.mpf, high: mp.mpf, rounds: int = 12
 ) -> tuple[list, mp.mpf]:
@@ -69,6 +77,15 @@ def main() -> None:
         # relative to log(1+f) ~ 2s the tail s z R(z) weighs z / 2
         c, error = remez(log_tail, lambda z: z / 2 + mp.mpf("1e-30"), degree, mp.mpf(0), end)
         print(f"log {name}: relative error 2^{float(mp.log(error, 2)):.1f}")
+        print("   ", ", ".join(mp.nstr(x, 20) for x in c))
+    one = mp.mpf("1.003")
+    for name, degree in (("float32", 7), ("float64", 13)):
+        c, error = remez(exp_tail, lambda r: 1 / exp_tail(r), degree, -one, one)
+        print(f"exp to 1 {name}: relative error of what is not linear 2^{float(mp.log(error, 2)):.1f}")
+        print("   ", ", ".join(mp.nstr(x, 20) for x in c))
+    for name, degree in (("float32", 4), ("float64", 10)):
+        c, error = remez(cosh_tail, lambda z: 1 / cosh_tail(z), degree, mp.mpf(0), one)
+        print(f"cosh {name}: relative error 2^{float(mp.log(error, 2)):.1f}")
         print("   ", ", ".join(mp.nstr(x, 20) for x in c))
     ln2 = mp.log(2)
     for name, bits in (("float32", 12), ("float64", 40)):

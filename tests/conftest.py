@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -14,6 +15,13 @@ from xce import _cpu
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(1234)
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_to_pytorch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test on a GPU is one of the kernels: `xce.torch` must not let PyTorch compute instead."""
+    if request.node.get_closest_marker("gpu") and find_spec("torch"):
+        monkeypatch.setattr("xce.torch._falls_back", False)
 
 
 @pytest.fixture(params=_cpu.available_levels())

@@ -16,13 +16,18 @@ from typing import Any
 import numpy as np
 
 from xce._backends import _cuda, _cuda_linear
+from xce._backends._scan import scan_repetitions
 
-__all__ = ["from_numpy", "place", "run", "run_linear", "scan_labels", "scan_values", "to_numpy", "view", "wrap"]
+__all__ = [
+    "classes_left", "from_numpy", "place", "run", "run_linear", "scan_labels", "scan_repetitions", "scan_values",
+    "to_numpy", "view", "wrap",
+]  # fmt: skip
 
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 FLAGS = ["-std=c++20", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-mfma", "-fno-strict-aliasing", "-w"]
-if os.environ.get("XCE_SANITIZE"):
-    FLAGS += ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SANITIZED = bool(os.environ.get("XCE_SANITIZE"))
+if SANITIZED:
+    FLAGS += ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 ENTRY = """
 extern "C" void launch_{kernel}(const void *job, unsigned grid, unsigned x, unsigned y, int cluster, size_t shared)
@@ -76,7 +81,9 @@ def compiled(code: str, flags: tuple[str, ...]) -> ctypes.CDLL:
         source = folder / f"{name}-{mine}.cpp"
         source.write_text(code, encoding="utf-8")
         built = folder / f"{name}-{mine}.so"
-        subprocess.run([str(COMPILER), *FLAGS, *flags, str(source), "-o", str(built)], check=True)
+        command = [str(COMPILER), *FLAGS, *flags, str(source), "-o", str(built)]
+        # the library of a sanitizer, for this process, would slow the compiler down, too
+        subprocess.run(command, check=True, env={k: v for k, v in os.environ.items() if k != "LD_PRELOAD"})
         source.unlink()
         built.replace(path)
     return ctypes.CDLL(str(path))
@@ -93,9 +100,12 @@ class Emulated:
     sum_threads = 32
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        return np.full(shape, 7 if np.dtype(dtype).kind in "biu" else np.nan, dtype)
+        with np.errstate(all="ignore"):  # NaN, as bfloat16
+            return np.full(shape, 7 if np.dtype(dtype).kind in "biu" else np.nan, dtype)
 
     def pointer(self, x: Any) -> int:
+        if SANITIZED and not x.flags.aligned:  # the sanitizer would end the process without a word of which test it was
+            raise ValueError("numbers at odd addresses, which no GPU reads or writes: leave such a layout out")
         return int(x.ctypes.data)
 
     def to_numpy(self, x: Any) -> Any:
@@ -150,7 +160,11 @@ def columns_at(address: int, rows: int, columns: int, ld: int, dtype: Any) -> An
 
 
 def view(x: Any, name: str) -> Any:
-    return np.asarray(x)
+    x = np.asarray(x)
+    if name in ("grad_out", "hess_out", "out"):  # a copy would be written instead
+        return x
+    x = x.astype(x.dtype.newbyteorder("="), copy=False)  # no array of a GPU is swapped
+    return x if x.flags.aligned else x.copy(order="K")  # nor at odd addresses: CuPy's backend refuses it
 
 
 def to_numpy(x: Any) -> Any:
@@ -161,12 +175,16 @@ def from_numpy(x: Any, like: Any) -> Any:
     return np.array(x)
 
 
-def scan_labels(target: Any, n_classes: int, ignore_index: int) -> int:
-    return _cuda.scan_labels(target, n_classes, ignore_index, DEVICE)
+def scan_labels(target: Any, n_classes: int, ignore_index: int, weights: tuple[Any, ...] = ()) -> int:
+    return _cuda.scan_labels(target, n_classes, ignore_index, weights, DEVICE)
 
 
-def scan_values(values: Any, low: float, high: float | None) -> int:
-    return _cuda.scan_values(values, low, high, DEVICE)
+def scan_values(values: Any, low: float, high: float | None, weights: tuple[Any, ...] = ()) -> int:
+    return _cuda.scan_values(values, low, high, weights, DEVICE)
+
+
+def classes_left(where: Any, axis: int) -> Any:
+    return _cuda.classes_left(where, axis, DEVICE)
 
 
 def wrap(result: Any) -> Any:

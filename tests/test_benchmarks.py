@@ -6,12 +6,14 @@ import importlib
 import inspect
 import itertools
 import json
+import math
 import pkgutil
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -27,6 +29,7 @@ import benchmarks  # noqa: E402
 import contenders  # noqa: E402
 import gpu  # noqa: E402
 import gpu_machine  # noqa: E402
+import gpu_smoke  # noqa: E402
 import measure  # noqa: E402
 import peers  # noqa: E402
 import targets  # noqa: E402
@@ -182,6 +185,9 @@ class Stage:
     def copy(self, source: Any, to: Any) -> None:
         to[...] = source
 
+    def wait(self) -> None:
+        pass
+
     def free(self) -> None:
         pass
 
@@ -209,8 +215,12 @@ def test_every_table_of_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "failed" not in printed
     rows = rows_of_json(file)
     for task in small:
-        assert {what for title, what, name in rows if title == task.title and name == "xce"} == set(gpu.WHAT)
+        found = {what for title, what, name in rows if title == task.title and name == "xce"}
+        assert {what for what in found if "host" not in what} == set(gpu.WHAT)
         assert (task.title, "copy", "copy") in rows
+    host = {what: row for (_, what, name), row in rows.items() if "host" in what and name == "xce"}
+    assert set(host) == {f"{what}: time of the host" for what in gpu.WHAT}
+    assert all(row["timed"] == "host" and row["shape"] == "32x10" for row in host.values())
     assert ("linear_cross_entropy, bfloat16", "gradient", "xce") in rows
     gpu.main(["--table", str(file)])
     again = capsys.readouterr().out
@@ -226,9 +236,43 @@ def eager_only(machine: Any) -> tuple[list[Any], list[Any]]:
         return [], []
 
 
+def test_the_first_calls_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of each regime, on a GPU that the CPU plays."""
+    emulated = pytest.importorskip("emulated")
+    pytest.importorskip("ml_dtypes")
+    if emulated.COMPILER is None:
+        pytest.skip("needs a C++ compiler, to run the kernels of CUDA")
+    from xce import _dispatch
+    from xce._backends import _cuda
+
+    class There(np.ndarray):  # an array of CuPy
+        pass
+
+    played = SimpleNamespace(
+        asarray=lambda a: a.view(There),
+        asnumpy=np.asarray,
+        cuda=SimpleNamespace(Device=lambda: SimpleNamespace(synchronize=lambda: None)),
+    )
+    with (
+        mock.patch.dict(_dispatch._owners, {There: emulated}),
+        mock.patch.dict(sys.modules, {"cupy": played}),
+        mock.patch.multiple(
+            _cuda, _REGIMES=((64, _cuda.Regime(8, 1, 16)),), _CLUSTERS=((math.inf, _cuda.Regime(64, 2, 64)),)
+        ),
+        mock.patch.object(gpu_smoke, "DTYPES", ("float32",)),
+    ):
+        names = gpu_smoke.all_names()
+        assert names == ["strided", "8x1x16", "64x2x64", "elements", "linear", "checks"]
+        for name in ("8x1x16", "64x2x64", "elements"):
+            assert gpu_smoke.run(name), capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.count("right, first call") == 7
+    assert "WRONG" not in printed
+
+
 def test_bytes_that_a_gpu_must_move() -> None:
     rows = gpu.Task("cross_entropy", "bfloat16", (8, 100))
-    assert [rows.moved(what) for what in gpu.WHAT] == [1600, 3200, 3200, 1600, 3200]
+    assert [rows.moved(what) for what in gpu.WHAT] == [1600, 3200, 3200, 1600, 3200, 1600, 3200]
     elements = gpu.Task("binary_cross_entropy_with_logits", "float32", (8, 100))
     assert [elements.moved(what) for what in gpu.WHAT[:2]] == [6400, 9600]
     made = {"rows": [
@@ -264,7 +308,7 @@ class WrongOnStage(gpu.Xce):
     name = "wrong"
 
     def answer(self, call: Any) -> tuple[Any, Any]:
-        value, grad = call()
+        value, grad = super().answer(call)
         if grad is None:
             return value * 1.01, None
         grad = grad.copy()

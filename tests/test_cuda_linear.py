@@ -15,11 +15,13 @@ emulated = pytest.importorskip("emulated")
 if emulated.COMPILER is None:
     pytest.skip("needs a C++ compiler, to run the kernels of CUDA", allow_module_level=True)
 
+import test_hypothesis  # noqa: E402
 import test_linear  # noqa: E402
 from cases import combinations, oracle  # noqa: E402
-from checks import DTYPES, LAYOUTS, dtype_of, same_bits, widen  # noqa: E402
+from checks import ALIGNED, DTYPES, dtype_of, same_bits, widen  # noqa: E402
 from emulated import DEVICE, Emulated, blas  # noqa: E402
-from test_emulation import SANITIZED, gpu  # noqa: E402, F401
+from hypothesis.strategies import sampled_from  # noqa: E402
+from test_emulation import gpu  # noqa: E402, F401
 from test_linear import (  # noqa: E402, F401
     RNG,
     B,
@@ -59,11 +61,15 @@ from xce._backends import _cuda_linear  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def sanitized(request: pytest.FixtureRequest) -> None:
-    """Numbers at odd addresses, which only a CPU reads, are what the sanitizers report."""
-    every_layout = [test.__name__ for test in (test_inputs_may_be_overwritten, test_random_calls, test_products)]
-    if SANITIZED and ("misaligned" in request.node.name or request.function.__name__ in every_layout):
-        pytest.skip("reads numbers at odd addresses")
+def aligned(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No GPU reads numbers at odd addresses."""
+    if "misaligned" in request.node.name:
+        pytest.skip("CUDA reads no numbers at odd addresses")
+    with (
+        mock.patch.object(test_linear, "LAYOUTS", ALIGNED),
+        mock.patch.object(test_hypothesis, "LAYOUT", sampled_from(sorted(ALIGNED)).map(ALIGNED.__getitem__)),
+    ):
+        yield
 
 
 @pytest.fixture
@@ -218,7 +224,7 @@ def test_rows_of_a_chunk() -> None:
 # Products and copies
 
 
-PLACES = [*LAYOUTS.values(), lambda a: np.pad(a, ((0, 0), (0, 3)))[:, : a.shape[1]]]
+PLACES = [*ALIGNED.values(), lambda a: np.pad(a, ((0, 0), (0, 3)))[:, : a.shape[1]]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -239,7 +245,7 @@ def test_products(dtype: str) -> None:
 
 
 def test_a_matrix_that_blas_does_not_read_is_copied() -> None:
-    for name, lay in LAYOUTS.items():
+    for name, lay in ALIGNED.items():
         x = lay(W)
         assert (_cuda_linear._readable(DEVICE, x) is x) == (name not in ("sliced classes", "reversed")), name
         np.testing.assert_array_equal(_cuda_linear._readable(DEVICE, x), W)

@@ -19,6 +19,30 @@ def test_jobs_are_arguments_of_kernels(job: Any) -> None:
     assert job.itemsize <= 4096
 
 
+def test_definitions_stand_in_the_text() -> None:
+    """Each new set of options costs a compilation in every process, even where the module is in CuPy's cache."""
+    module = next(module for module, _ in _cuda.modules() if module.definitions)
+    lines = _cuda.source(module).splitlines()
+    assert lines[:2] == ["#define XCE_CUDA 1", f"#define XCE_STORAGE_{module.storage} 1"]
+    assert lines[2 : 2 + len(module.definitions)] == [f"#define {name} {value}" for name, value in module.definitions]
+    assert _cuda.source(module).endswith(_cuda.text(*module.files))
+
+
+def test_jobs_are_passed_as_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CuPy takes a structure apart field by field, at every launch."""
+    backend = pytest.importorskip("xce._backends.cupy", reason="needs CuPy, for a CUDA device", exc_type=ImportError)
+    launched: list[Any] = []
+    monkeypatch.setattr(backend, "_function", lambda *_: lambda *args, **options: launched.append((args, options)))
+    device, job = object.__new__(backend._Device), np.zeros((), _cuda.ROW_JOB)
+    device._number, job["n_rows"] = 0, 7
+    device.launch(_cuda.ARRAYS, "scan", 5, (32, 4), 48, job)
+    (((grid, block, (argument,)), options),) = launched
+    assert (grid, block, options) == ((5,), (32, 4), {"shared_mem": 48})
+    assert argument.dtype == f"V{job.nbytes}"
+    assert argument.ndim == 0
+    assert argument.tobytes() == job.tobytes()
+
+
 class There:
     """An array of CuPy, as far as its memory is concerned: at an address that nobody may read."""
 
@@ -75,5 +99,6 @@ def test_what_is_asked_of_cupy_is_there() -> None:
     assert hasattr(cupy.RawKernel, "preferred_shared_memory_carveout")
     from xce._backends import cupy as backend
 
-    for name in ("run", "run_linear", "scan_labels", "scan_values", "to_numpy", "from_numpy", "view", "wrap"):
+    scans = "scan_labels", "scan_repetitions", "scan_values"
+    for name in (*scans, "run", "run_linear", "to_numpy", "from_numpy", "view", "wrap"):
         assert callable(getattr(backend, name))

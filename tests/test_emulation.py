@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Iterator
 from importlib import import_module
 from unittest import mock
 
 import numpy as np
 import pytest
-from cases import LOSSES, TARGETS_OF_LOSSES, Case, combinations, problem
+from cases import CASE_OF, LOSSES, TARGETS_OF_LOSSES, Case, combinations, problem
 from checks import (
+    ALIGNED,
     DTYPES,
     FLAGS,
-    LAYOUTS,
     assert_close,
     check_loss,
     check_maps,
@@ -34,31 +33,43 @@ emulated = pytest.importorskip("emulated")
 if emulated.COMPILER is None:
     pytest.skip("needs a C++ compiler, to run the kernels of CUDA", allow_module_level=True)
 
+from emulated import SANITIZED  # noqa: E402
+
 import xce  # noqa: E402
 from xce import _dispatch  # noqa: E402
 from xce._backends import _cuda, _scan  # noqa: E402
 
 # What is asked of NumPy arrays, collected here once more: the same answers from the GPU.
 SHARED = {
+    "test_ends": """z_loss_of_the_greatest_logits z_loss_beyond_the_type a_mean_of_z_losses
+        a_difference_that_is_rounded_up_from_the_greatest_number js_of_a_teacher_whose_mass_is_elsewhere
+        state_of_losses_beyond_float32 a_teacher_of_nan_and_a_student_of_two_classes
+        focal_hessian_of_a_confident_row""",
     "test_errors": """errors buffers_that_do_not_fit a_buffer_shares_memory_with_another_argument
         buffers_are_written_and_returned one_label_may_be_an_integer ignore_index_is_any_int64""",
-    "test_kernels": """a_bad_label_is_bad_whatever_its_row_weighs a_sum_beyond_float32_is_infinite
+    "test_kernels": """a_bad_label_that_nobody_checked_counts_unless_its_weight_is_zero a_sum_beyond_float32_is_infinite
         all_rows_ignored_and_weights_of_zero as_many_dimensions_as_numpy_has broadcast_arguments no_rows
         numbers_that_float32_does_not_hold targets_are_more_precise_than_logits
         the_denominator_does_not_depend_on_layout where_of_nan_rows""",
     "test_losses": """a_weight_of_zero_removes_anything denominators masks_and_counts_are_sample_weights
         other_weights_of_zero scalars_and_many_axes student_and_teacher_of_different_types
-        weights_that_float32_cannot_divide_by no_elements""",
+        weights_that_float32_cannot_divide_by no_elements what_weighs_nothing_is_not_checked both_weights_remove
+        signed_weights weights_that_cancel alpha_near_one_keeps_the_share_of_negatives""",
     "test_metrics": "top_k_accuracy_is_that_of_sorting top_k_accuracy_at_the_edges log_loss_errors",
     "test_state": """a_shard_of_infinities_and_nan a_shard_of_infinities_with_smoothing edges errors
         a_grid_of_batches_and_shards_merges_in_any_order shards_agree_with_whole_rows whole_rows_stream_in_batches
         weights_that_float32_does_not_hold""",
+    "test_transforms": "axes where factors_and_signs signs_of_sums zero_dimensions",
+    "test_weights": """removed_rows_by_turns signed_weights_are_factors weights_that_cancel
+        a_class_weight_of_zero_removes_no_row infinities_and_nan_keep_their_weights_sign
+        minus_infinity_is_the_loss_of_a_negative_weight linear_layers
+        sizes_that_float32_does_not_hold one_number_and_other_kinds_of_weights what_counts_is_checked
+        linear_layers_whose_weights_cancel a_bare_row_that_where_empties_counts_nowhere""",
 }
 for module, names in SHARED.items():
     for name in names.split():
         globals()[f"{module}_{name}"] = getattr(import_module(module), f"test_{name}")
 
-SANITIZED = bool(os.environ.get("XCE_SANITIZE"))
 Regime = _cuda.Regime
 
 # The regimes at sizes that fibres can do: groups within a warp, a block, and clusters of blocks.
@@ -169,7 +180,7 @@ def test_every_run_has_the_same_bits() -> None:
 
 
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
-PLACES = tuple(place for name, place in LAYOUTS.items() if "misaligned" not in name)  # which no GPU reads
+PLACES = tuple(ALIGNED.values())
 
 
 @pytest.mark.parametrize("dtype", INTEGERS)
@@ -273,8 +284,49 @@ def test_the_means_of_rows(rng: np.random.Generator) -> None:
         x = rng.standard_normal((5, 40, 3)).astype(dtype)
         for place in PLACES:
             exact = np.mean(x, axis, dtype=np.float64)
-            np.testing.assert_allclose(_cuda._mean(emulated.DEVICE, place(x), axis), exact, 1e-6, 1e-7)
-    assert _cuda._mean(emulated.DEVICE, np.zeros((0, 3), "f4"), 1).shape == (0,)
+            np.testing.assert_allclose(_cuda._mean(emulated.DEVICE, place(x), axis, x.dtype), exact, 1e-6, 1e-7)
+    assert _cuda._mean(emulated.DEVICE, np.zeros((0, 3), "f4"), 1, np.dtype("f4")).shape == (0,)
+
+
+def test_single_elements_at_the_ends_of_the_types(rng: np.random.Generator) -> None:
+    losses, accuracy = pytest.importorskip("test_losses"), pytest.importorskip("test_accuracy")
+    for dtype, edge in itertools.product(("float32", "float64"), losses.EDGES):
+        losses.test_edges(dtype, *edge, "")
+    losses.test_log_targets_of_minus_infinity_in_another_type()
+    losses.test_targets_beyond_the_type_of_the_logits(1e40, "")
+    losses.test_factors_that_overflow_before_the_mean("")
+    for name in ("weight", "sample_weight"):
+        losses.test_weighted_losses_beyond_float32_add_up(name, "")
+    accuracy.test_probabilities_near_their_targets("float64", "", rng)
+    for axis in (0, 1):
+        accuracy.test_rows_of_very_many_classes(axis, "", rng)
+
+
+@pytest.mark.parametrize("mode", CASE_OF[xce.distillation_loss].modes)
+def test_divergences_at_any_shift_and_distance(mode: str, rng: np.random.Generator) -> None:
+    accuracy = pytest.importorskip("test_accuracy")
+    for distance, n_classes, dtype in itertools.product(accuracy.DISTANCES, (3, 70), ("float32", "float64")):
+        accuracy.check_divergence(mode, dtype, distance, 1e4, n_classes, 0.7, rng, xce.distillation_loss)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_gradients_of_soft_labels(dtype: str, rng: np.random.Generator) -> None:
+    accuracy = pytest.importorskip("test_accuracy")
+    for name, params in accuracy.VARYING_PHI:
+        accuracy.check_soft_labels(name, params, dtype, rng)
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_transformed_logits(dtype: str, softcap: float | None, rng: np.random.Generator) -> None:
+    accuracy = pytest.importorskip("test_accuracy")
+    for temperature in accuracy.TEMPERATURES:
+        x, y = accuracy.transformed_rows(dtype, softcap, temperature, rng)
+        value = xce.cross_entropy(x, y, temperature=temperature, softcap=softcap, reduction="none")
+        with accuracy.mpmath.workdps(60):
+            rows = [accuracy.transformed_by_mpmath(row, temperature, softcap).logits for row in x]
+            exact = [-accuracy.log_softmax_by_mpmath(row)[label] for row, label in zip(rows, y, strict=True)]
+            assert accuracy.ulps(value, accuracy.objects(exact)) <= 8
 
 
 def test_the_cases_are_all_losses() -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -66,11 +67,9 @@ error(
     changed(Y.astype("u8"), 0, 2**64 - 100),
 )
 error("label int", xce.LabelError, "target = 3 is out of range", X[0], 3)
-error("labels bool", TypeError, "target has dtype bool and shape (4,): allowed are integers of shape (4,) "
-      "(class indices) and floats of shape (4, 3)", X, Y > 0)  # fmt: skip
+error("labels bool", TypeError, "target has dtype bool and shape (4,): expected integers, or floats that are "
+      "whole numbers, of shape (4,) (class indices), or floats of shape (4, 3) (probabilities)", X, Y > 0)  # fmt: skip
 for kind in (
-    "float32",
-    "float64",
     "longdouble",
     "complex64",
     "object",
@@ -79,11 +78,12 @@ for kind in (
     "timedelta64[s]",
 ):
     error(f"labels {kind}", TypeError, "target has dtype ", X, Y.astype(kind))
-error("labels NaN", TypeError, "target has dtype float64", X, np.array([0, math.nan, 1, 2]))
+error("labels NaN", xce.LabelError, "target[1] = nan is not a class: expected floats of this shape to be class "
+      "indices, whole numbers in 0..2", X, np.array([0, math.nan, 1, 2]))  # fmt: skip
 error("labels structured", TypeError, "target has dtype [(", X, np.zeros(4, [("a", "i4")]))
-error("labels too few", ValueError, "target of dtype int64 has shape (3,) but must have (4,) for logits of "
+error("labels too few", ValueError, "target of dtype int64 has shape (3,): expected (4,) for logits of "
       "shape (4, 3) and axis=1; it fits axis=0: pass axis=0", X, Y[:3])  # fmt: skip
-error("labels too many", ValueError, "has shape (5,) but must have (4,)", X, np.zeros(5, int))
+error("labels too many", ValueError, "has shape (5,): expected (4,)", X, np.zeros(5, int))
 error("labels (N, 1)", ValueError, "squeeze it: target.reshape((4,))", X, Y[:, None])
 error("labels of the logits' shape", ValueError, "class indices have no class axis", X, np.zeros((4, 3), int))
 error(
@@ -93,29 +93,29 @@ error(
     np.zeros((2, 5, 4, 4)),
     np.zeros((2, 4, 4), int),
 )
-error("label 0-d for a batch", ValueError, "has shape () but must have (4,)", X, 1)
-error("no labels", TypeError, "target is a NoneType", X, None)
-error("labels list", TypeError, "target is a list; allowed are arrays of NumPy, PyTorch, JAX, CuPy and other "
-      "array-API libraries: convert it first, numpy.asarray(target)", X, [0, 1, 2, 0])  # fmt: skip
-error("ignore_index 1.0", TypeError, "ignore_index is a float: it must be an integer", X, Y, ignore_index=1.0)
-error("ignore_index None", TypeError, "ignore_index is a NoneType", X, Y, ignore_index=None)
+error("label 0-d for a batch", ValueError, "has shape (): expected (4,)", X, 1)
+error("no labels", TypeError, "target is None", X, None)
+error("labels list", TypeError, "target is a list: expected an array of NumPy, PyTorch, JAX, CuPy or another "
+      "array-API library: convert it first, numpy.asarray(target)", X, [0, 1, 2, 0])  # fmt: skip
+error("ignore_index 1.0", TypeError, "ignore_index is a float: expected an integer", X, Y, ignore_index=1.0)
+error("ignore_index None", TypeError, "ignore_index is None", X, Y, ignore_index=None)
 error("ignore_index True", TypeError, "ignore_index is a bool", X, Y, ignore_index=True)
 error("ignore_index 2**63", ValueError, "ignore_index=9223372036854775808 is", X, Y, ignore_index=2**63)
 
 # Probabilities
-error("probability negative", ValueError, "target[1, 2] = -0.5 is not allowed: every entry must be not "
-      "negative", X, changed(P, (1, 2), -0.5))  # fmt: skip
+error("probability negative", ValueError, "target[1, 2] = -0.5 is not allowed: expected entries of at "
+      "least 0", X, changed(P, (1, 2), -0.5))  # fmt: skip
 error("probability NaN", ValueError, "target[0, 1] = nan", X, changed(P, (0, 1), math.nan))
-error("probabilities of another shape", ValueError, "has shape (3, 3) but must have (4, 3)", X, P[:3])
+error("probabilities of another shape", ValueError, "has shape (3, 3): expected (4, 3)", X, P[:3])
 
 # Logits
 for kind in ("int64", "bool", "complex64", "longdouble", "object", "str"):
     error(f"logits {kind}", TypeError, "logits has dtype ", X.astype(kind), Y)
 error("logits structured", TypeError, "logits has dtype [(", np.zeros((4, 3), [("a", "f4")]), Y)
-error("logits 0-d", AxisError, "axis=-1 is out of range for logits of 0 dimensions", np.float32(1), 0)
+error("logits 0-d", AxisError, "logits has shape (): expected at least one axis, that of the classes", np.float32(1), 0)
 error("logits without classes", ValueError, "logits of shape (4, 0) has no classes", X[:, :0], Y)
-error("logits masked", TypeError, "logits is a numpy.MaskedArray; allowed are arrays of NumPy, PyTorch, JAX, "
-      "CuPy and other array-API libraries: a masked array has no mask here: fill it first, "
+error("logits masked", TypeError, "logits is a numpy.MaskedArray: expected an array of NumPy, PyTorch, JAX, "
+      "CuPy or another array-API library: masks are not read: fill it first, "
       "logits.filled(value)", np.ma.masked_array(X), Y)  # fmt: skip
 error("labels masked", TypeError, "target.filled(value)", X, np.ma.masked_array(Y))
 error("logits list", TypeError, "logits is a list", X.tolist(), Y)
@@ -126,20 +126,25 @@ error("logits sparse", TypeError, "logits.toarray()", foreign("scipy", "toarray"
 error("logits dask", TypeError, "logits.compute()", foreign("dask", "compute"), Y)
 
 # Options
-error("weight wrong length", ValueError, "weight has shape (4,) but must have (3,)", X, Y, weight=S)
-error("weight 2-D", ValueError, "weight has shape (1, 3) but", X, Y, weight=W[None])
-error("weight negative", ValueError, "weight[2] = -1 is not allowed: every entry must be finite", X, Y,
+error("weight wrong length", ValueError, "weight has shape (4,): expected (3,)", X, Y, weight=S)
+error("weight 2-D", ValueError, "weight has shape (1, 3): expected (3,)", X, Y, weight=W[None])
+error("weight negative", ValueError, "weight[2] = -1 is not allowed: expected finite entries", X, Y,
       weight=changed(W, 2, -1))  # fmt: skip
 error("weight NaN", ValueError, "weight[0] = nan", X, Y, weight=changed(W, 0, math.nan))
 error("weight infinite", ValueError, "weight[1] = inf", X, Y, weight=changed(W, 1, math.inf))
-error("weight int", TypeError, "weight has dtype int64: allowed are float16", X, Y, weight=np.ones(3, int))
+error("weight int negative", ValueError, "weight[2] = -1 is not allowed: expected finite entries of at least 0",
+      X, Y, weight=np.array([1, 0, -1]))  # fmt: skip
+error("weight complex", TypeError, "weight has dtype complex128: expected bool, int8", X, Y, weight=np.ones(3, complex))
 error("weight list", TypeError, "weight is a list", X, Y, weight=[1.0, 1.0, 1.0])
 error("sample_weight wrong length", ValueError, "sample_weight has shape (3,), which does not broadcast "
       "to (4,)", X, Y, sample_weight=W)  # fmt: skip
 error("sample_weight enlarges", ValueError, "does not broadcast", X, Y, sample_weight=P)
-error("sample_weight negative", ValueError, "sample_weight[1] = -2", X, Y, sample_weight=changed(S, 1, -2))
-error("sample_weight number", TypeError, "sample_weight is a float", X, Y, sample_weight=1.0)
-error("where int", TypeError, "where has dtype int64: allowed are bool", X, Y, where=np.ones((4, 3), int))
+error("sample_weight minus infinity", ValueError, "sample_weight[1] = -inf is not allowed: expected finite entries",
+      X, Y, sample_weight=changed(S, 1, -math.inf))  # fmt: skip
+error("sample_weight NaN", ValueError, "sample_weight[0] = nan", X, Y, sample_weight=changed(S, 0, math.nan))
+error("sample_weight text", TypeError, "sample_weight is a str", X, Y, sample_weight="1")
+error("sample_weight list", TypeError, "sample_weight is a list", X, Y, sample_weight=[1.0])
+error("where int", TypeError, "where has dtype int64: expected bool", X, Y, where=np.ones((4, 3), int))
 error(
     "where wrong shape",
     ValueError,
@@ -159,34 +164,34 @@ for name, values in {
         error(
             f"{name} {value}",
             ValueError,
-            f"{name}={value} is not allowed: it must be ",
+            f"{name}={value} is not allowed: expected ",
             X,
             Y,
             **{name: value},
         )
     for value in ("1", True, [0.5], np.array([0.5, 0.5])):
         error(f"{name} {value!r}", TypeError, f"{name} is a ", X, Y, **{name: value})
-error("reduction avg", ValueError, "reduction='avg' is unknown: it must be one of 'mean', 'sum', 'none'",
+error("reduction avg", ValueError, "reduction='avg' is unknown: expected 'mean', 'sum' or 'none'",
       X, Y, reduction="avg")  # fmt: skip
-error("reduction None", TypeError, "reduction is a NoneType: it must be one of", X, Y, reduction=None)
+error("reduction None", TypeError, "reduction is None: expected 'mean'", X, Y, reduction=None)
 error("reduction array", TypeError, "reduction is a numpy.ndarray", X, Y, reduction=S)
 for value in (0, -1):
-    error(f"n_threads {value}", ValueError, f"n_threads={value} is not allowed: it must be None or", X, Y,
+    error(f"n_threads {value}", ValueError, f"n_threads={value} is not allowed: expected None or", X, Y,
           n_threads=value)  # fmt: skip
 for value in ("2", 2.0, True):
     error(f"n_threads {value!r}", TypeError, "n_threads is a ", X, Y, n_threads=value)
 for value in (2, -3, 10**30):
-    error(f"axis {value}", AxisError, f"axis={value} is out of range for logits of 2 dimensions: allowed are "
+    error(f"axis {value}", AxisError, f"axis={value} is out of range for logits of 2 dimensions: expected "
           "-2..1", X, Y, axis=value)  # fmt: skip
 for value in (None, 1.0, "1", True, (0, 1)):
-    error(f"axis {value!r}", TypeError, "axis is a ", X, Y, axis=value)
+    error(f"axis {value!r}", TypeError, "axis is ", X, Y, axis=value)
 for name in ("return_grad", "return_hess", "validate"):
-    error(f"{name} 1", TypeError, f"{name} is a int: it must be True or False", X, Y, **{name: 1})
+    error(f"{name} 1", TypeError, f"{name} is an int: expected True or False", X, Y, **{name: 1})
 
 # Libraries
-error("GPU", ImportError, "of CuPy", foreign("cupy", "device"), Y)  # without CuPy, or without a driver
-error("mixed", TypeError, "logits is a numpy.ndarray but target is a cupy.Series: all arrays of a call must "
-      "come from one library", X, foreign("cupy", "device"))  # fmt: skip
+error("GPU", ImportError, "of CuPy", foreign("cupy", "__dlpack__"), Y)  # without CuPy, or without a driver
+error("mixed", TypeError, "logits is a numpy.ndarray but target is a cupy.Series: expected all arrays "
+      "of a call from one library", X, foreign("cupy", "device"))  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "text", "args", "options"), ERRORS.values(), ids=ERRORS)
@@ -210,14 +215,14 @@ def test_a_label_error_is_both_an_index_and_a_value_error() -> None:
 # Buffers
 
 BUFFERS: dict[str, tuple[str, Callable[[np.ndarray], dict[str, Any]]]] = {
-    "dtype": ("has dtype float64 but must have float32", lambda _: {"grad_out": np.empty((4, 3))}),
-    "byte order": ("has dtype >f4 but must have float32", lambda _: {"grad_out": np.empty((4, 3), ">f4")}),
-    "shape": ("has shape (3, 4) but must have (4, 3)", lambda _: {"grad_out": np.empty((3, 4), "f4")}),
-    "broadcastable": ("has shape (1, 3) but must", lambda _: {"grad_out": np.empty((1, 3), "f4")}),
+    "dtype": ("has dtype float64: expected float32", lambda _: {"grad_out": np.empty((4, 3))}),
+    "byte order": ("has dtype >f4: expected float32", lambda _: {"grad_out": np.empty((4, 3), ">f4")}),
+    "shape": ("has shape (3, 4): expected (4, 3)", lambda _: {"grad_out": np.empty((3, 4), "f4")}),
+    "broadcastable": ("has shape (1, 3): expected (4, 3)", lambda _: {"grad_out": np.empty((1, 3), "f4")}),
     "read-only": ("grad_out is read-only", lambda _: {"grad_out": read_only(X)}),
     "read-only hess": ("hess_out is read-only", lambda _: {"hess_out": read_only(X)}),
-    "stride 0": ("entries must not share memory", lambda _: {"grad_out": stride(np.zeros(3, "f4"), (0, 4))}),
-    "self-overlapping": ("entries must not share", lambda _: {"grad_out": stride(np.zeros(9, "f4"), (8, 4))}),
+    "stride 0": ("expected entries that do not", lambda _: {"grad_out": stride(np.zeros(3, "f4"), (0, 4))}),
+    "self-overlapping": ("expected entries that do not", lambda _: {"grad_out": stride(np.zeros(9, "f4"), (8, 4))}),
     "overlapping the logits": ("shares memory with logits", lambda x: {"grad_out": tail(x)}),
     "logits reversed": ("shares memory with logits", lambda x: {"grad_out": x[::-1]}),
     "logits as hess": ("hess_out shares memory with logits", lambda x: {"hess_out": x}),
@@ -316,7 +321,7 @@ MAPS = (xce.softmax, xce.log_softmax)
 @pytest.mark.parametrize(
     ("kind", "text", "x", "options"),
     [
-        (TypeError, "x has dtype int64: allowed are", Y, {}),
+        (TypeError, "x has dtype int64: expected float16", Y, {}),
         (TypeError, "x is a list", [1.0], {}),
         (ValueError, "x of shape (4, 0) has no classes", X[:, :0], {}),
         (AxisError, "axis=2 is out of range for x of 2", X, {"axis": 2}),
@@ -324,7 +329,7 @@ MAPS = (xce.softmax, xce.log_softmax)
         (ValueError, "n_threads=0 is not", X, {"n_threads": 0}),
         (
             ValueError,
-            "out has shape (3, 4) but must have (4, 3), the shape of x",
+            "out has shape (3, 4): expected (4, 3), the shape of x",
             X,
             {"out": np.empty((3, 4))},
         ),
@@ -347,7 +352,7 @@ def test_errors_of_logsumexp_and_logit_stats() -> None:
         xce.logsumexp(Y)
     with pytest.raises(xce.LabelError, match="target"):
         xce.logit_stats(X, changed(Y, 0, 3))
-    with pytest.raises(TypeError, match="target has dtype float32: it must be integers"):
+    with pytest.raises(TypeError, match=r"target has dtype float32 .*: expected class indices of shape \(4,\)"):
         xce.logit_stats(X, P)
 
 
@@ -450,6 +455,91 @@ def test_options_of_numpy_types() -> None:
     assert xce.cross_entropy(X, Y, label_smoothing=0, temperature=1, softcap=None) == xce.cross_entropy(X, Y)
 
 
+def in_array(library: str, value: Any) -> Any:
+    """Return a number in an array of no dimensions, or as a scalar of NumPy."""
+    if library in ("numpy", "scalar"):
+        array = np.array(value, np.float32 if isinstance(value, float) else None)
+        return array if library == "numpy" else array[()]
+    if library == "bfloat16":  # NumPy knows it as no number
+        return np.array(value, pytest.importorskip("ml_dtypes").bfloat16) if isinstance(value, float) else value
+    if library == "jax":
+        return pytest.importorskip("jax.numpy").asarray(value)
+    return pytest.importorskip({"torch": "torch", "strict": "array_api_strict"}[library]).asarray(value)
+
+
+def streamed(x: Any, y: Any, *, class_offset: Any, row_offset: Any, **options: Any) -> float:
+    """The loss of rows whose first class comes last."""
+    state = xce.LossState(**options).update(x, y, class_offset, row_offset=row_offset)
+    return state.update(x[:, :1], y, row_offset=row_offset).result()
+
+
+NUMBERS: tuple[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]], ...] = (
+    (xce.cross_entropy, (X, Y), {"label_smoothing": 0.5, "temperature": 0.25, "softcap": 3.0, "z_loss": 0.125}),
+    (xce.cross_entropy, (X, Y), {"axis": 1, "ignore_index": 2, "n_threads": 1}),
+    (xce.cross_entropy, (X, Y), {"validate": False, "return_grad": True, "return_hess": True}),
+    (xce.focal_loss, (X, Y), {"gamma": 1.5}),
+    (xce.poly_loss, (X, Y), {"epsilon": 0.5}),
+    (xce.generalized_cross_entropy, (X, Y), {"q": 0.5}),
+    (xce.distillation_loss, (X, X[::-1]), {"axis": 1, "temperature": 0.5}),
+    (xce.softmax, (X,), {"axis": -1, "temperature": 0.5}),
+    (xce.binary_cross_entropy_with_logits, (X, P), {"label_smoothing": 0.25, "n_threads": 1}),
+    (xce.binary_cross_entropy, (P, P), {"log_clamp": -10.0}),
+    (xce.sigmoid_focal_loss, (X, P), {"alpha": 0.5, "gamma": 1.5}),
+    (xce.asymmetric_loss, (X, P), {"gamma_pos": 0.5, "gamma_neg": 2.0, "clip": 0.125}),
+    (xce.linear_cross_entropy, (X, X, Y), {"chunk_rows": 3, "temperature": 0.5}),
+    (xce.metrics.top_k_accuracy, (X, Y), {"k": 2}),
+    (xce.logsumexp, (X,), {"axis": 1, "keepdims": True, "return_sign": True, "n_threads": 1}),
+    (streamed, (X, Y), {"n_classes": 4, "class_offset": 1, "row_offset": 7, "ignore_index": 2, "keep_rows": True}),
+    (streamed, (X, Y), {"n_classes": 4, "class_offset": 1, "row_offset": 0, "label_smoothing": 0.5}),
+)
+
+
+@pytest.mark.parametrize("library", ["scalar", "numpy", "bfloat16", "torch", "jax", "strict"])
+@pytest.mark.parametrize(("function", "args", "options"), NUMBERS)
+def test_options_in_arrays_of_no_dimensions(function: Any, args: Any, options: dict[str, Any], library: str) -> None:
+    result = function(*args, **{name: in_array(library, value) for name, value in options.items()})
+    expected = function(*args, **options)
+    if not isinstance(expected, tuple):
+        result, expected = (result,), (expected,)
+    for x, y in zip(result, expected, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_a_number_of_threads_in_an_array() -> None:
+    with xce.num_threads(np.array(1)):
+        assert xce.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("dtype", ["bool", "complex64", "datetime64[s]", "U1", "O"])
+@pytest.mark.parametrize(("name", "text"), [
+    ("temperature", "expected a"), ("label_smoothing", "expected a"), ("axis", "an integer"),
+    ("ignore_index", "an integer"), ("n_threads", "an integer of at least 1"), ("validate", "True or False"),
+])  # fmt: skip
+def test_what_is_in_an_array_must_be_a_number_of_its_kind(name: str, text: str, dtype: str) -> None:
+    value = np.zeros((), dtype) if (name, dtype) != ("validate", "bool") else np.ones(())
+    with pytest.raises(TypeError, match=rf"^{name} .*{text}"):
+        xce.cross_entropy(X, Y, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["axis", "ignore_index", "n_threads", "validate"])
+def test_a_float_in_an_array_is_no_integer_and_no_flag(name: str) -> None:
+    with pytest.raises(TypeError, match=f"^{name} "):
+        xce.cross_entropy(X, Y, **{name: np.array(1.0)})
+
+
+def test_an_array_of_one_number_is_no_number() -> None:
+    with pytest.raises(TypeError, match=r"^temperature "):
+        xce.cross_entropy(X, Y, temperature=np.ones(1))
+    with pytest.raises(ValueError, match=r"^temperature=0\.0 "):
+        xce.cross_entropy(X, Y, temperature=np.array(0.0))
+
+
+def test_a_number_that_requires_grad_is_refused() -> None:
+    torch = pytest.importorskip("torch")
+    with pytest.raises(TypeError, match=r"^temperature requires grad: .*detach"):
+        xce.cross_entropy(X, Y, temperature=torch.tensor(2.0, requires_grad=True))
+
+
 def test_nothing_is_written_when_validation_is_off_and_all_is_well() -> None:
     assert xce.cross_entropy(X, Y, validate=False) == xce.cross_entropy(X, Y)
     assert math.isnan(xce.cross_entropy(X, changed(Y, 1, 3), validate=False))
@@ -473,3 +563,34 @@ def test_modules_are_namespaces_of_the_package() -> None:
         "LabelError",
     ):
         assert hasattr(xce, name)
+
+
+@pytest.mark.parametrize(("sign", "digits"), [(1, 5000), (-1, 5000), (-1, 40)])
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("temperature", lambda v: xce.cross_entropy(X, Y, temperature=-abs(v))),
+        ("label_smoothing", lambda v: xce.cross_entropy(X, Y, label_smoothing=v)),
+        ("axis", lambda v: xce.cross_entropy(X, Y, axis=v)),
+        ("axis", lambda v: xce.softmax(X, axis=(0, v))),
+        ("ignore_index", lambda v: xce.cross_entropy(X, Y, ignore_index=v)),
+        ("target", lambda v: xce.cross_entropy(X[0], v)),
+        ("k", lambda v: xce.metrics.top_k_accuracy(X, Y, k=v)),
+        ("n_threads", lambda v: xce.cross_entropy(X, Y, n_threads=-abs(v))),
+        ("n", lambda v: xce.set_num_threads(-abs(v))),
+        ("n_classes", lambda v: xce.LossState(v)),
+        ("class_offset", lambda v: xce.LossState().update(X, Y, v)),
+        ("chunk_rows", lambda v: xce.linear_cross_entropy(X, X, Y, chunk_rows=-abs(v))),
+    ],
+)
+def test_integers_of_very_many_digits(name: str, call: Callable[[int], Any], sign: int, digits: int) -> None:
+    """Python refuses to write those of more than 4300."""
+    with pytest.raises((ValueError, AxisError), match=rf"^{name} ?= ?-?1\.00e\+{digits} is .*: expected "):
+        call(sign * 10**digits)
+
+
+def test_a_fraction_of_very_many_digits() -> None:
+    with pytest.raises(
+        ValueError, match=r"^temperature=<fractions\.Fraction> is not allowed: expected a finite number"
+    ):
+        xce.cross_entropy(X, Y, temperature=Fraction(10**5000, 3))

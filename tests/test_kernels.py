@@ -342,9 +342,12 @@ def test_a_bad_label_that_nobody_checked_makes_its_row_nan(level: str) -> None:
                 check_loss(xce.cross_entropy, x, y.astype(name), reduction="none", validate=False, **options)
 
 
-def test_a_bad_label_is_bad_whatever_its_row_weighs() -> None:
-    x, s = np.zeros((2, 3), np.float32), np.array([0, 1], np.float32)
-    check_loss(xce.cross_entropy, x, np.array([7, 1]), sample_weight=s, reduction="none", validate=False)
+def test_a_bad_label_that_nobody_checked_counts_unless_its_weight_is_zero() -> None:
+    x, s = np.zeros((3, 3), np.float32), np.array([0, -1, 1], np.float32)
+    results = check_loss(xce.cross_entropy, x, np.array([7, 7, 1]), sample_weight=s, reduction="none", validate=False)
+    for result in results:
+        assert not result[0].any()
+        assert np.isnan(result[1]).all()
 
 
 def test_all_rows_ignored_and_weights_of_zero() -> None:

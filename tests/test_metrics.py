@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 import warnings
 from typing import Any
 
@@ -97,11 +98,40 @@ def test_log_loss_warns_of_rows_that_are_no_distribution(proba: Array, labels: A
             ([[0.5, 0.5]], [[0.5, 0.25, 0.25]]),
             {},
             ValueError,
-            r"y_true has shape \(1, 2\) but must have \(n,\) or \(1, 3\)",
+            r"y_true has shape \(1, 2\): expected \(n,\) or \(1, 3\)",
         ),
         (([[-1.0, 2.0]], [[0.5, 0.5]]), {}, ValueError, r"y_true\[0, 0\] = -1"),
         (([0, 1], [0.5, 0.5]), {"sample_weight": [1]}, ValueError, r"sample_weight has shape \(1,\)"),
-        (([0, 1], [0.5, 0.5]), {"sample_weight": [1, -1]}, ValueError, r"sample_weight\[1\] = -1"),
+        (
+            ([0, 1], [0.5, 0.5]),
+            {"sample_weight": [1, math.inf]},
+            ValueError,
+            r"sample_weight\[1\] = inf is not allowed",
+        ),
+        (
+            ([0, 1], [0.5, 0.5]),
+            {"sample_weight": math.nan},
+            ValueError,
+            "sample_weight = nan is not allowed: expected finite entries",
+        ),
+        (([0, 1], [0.5, 0.5]), {"sample_weight": ["1", "2"]}, TypeError, "sample_weight has dtype"),
+        (([0, 1, 1], [0.1, 0.2, 0.3]), {"labels": [0, 1, 1]}, ValueError, "labels has the class 1 more than once"),
+        ((["a"] * 2, [0.1, 0.2]), {"labels": ["b", "a", "b"]}, ValueError, "labels has the class b more than once"),
+        (([0, 1], [0.1, 0.2]), {"labels": [[0], [1]]}, ValueError, r"labels has shape \(2, 1\): expected \(C,\)"),
+        (([0, 1], [math.nan, 1.5]), {"sample_weight": [0, 1]}, ValueError, r"y_proba\[1\] = 1.5"),
+        (
+            ([7, 2, 1], [[0.5, 0.5]] * 3),
+            {"sample_weight": [0, 1, 1], "labels": [0, 1]},
+            ValueError,
+            r"y_true\[1\] = 2 ",
+        ),
+        (([[7, 7], [0, -1]], [[0.5, 0.5]] * 2), {"sample_weight": [0, 1]}, ValueError, r"y_true\[1, 1\] = -1"),
+        (
+            (["a", None, "b"], [[0.1, 0.2, 0.7]] * 3),
+            {"sample_weight": [1, 0, 1]},
+            ValueError,
+            "which are missing cannot be told",
+        ),
         (([0, 1], [0.5, 0.5]), {"sample_weight": [10**400, 1]}, TypeError, "sample_weight has dtype object"),
         (([0, 1], [0.5, 0.5]), {"normalize": "no"}, TypeError, "normalize is a str"),
         (([], []), {}, ValueError, "at least one row"),
@@ -159,3 +189,287 @@ def test_brier_score(proba: Array, labels: Array) -> None:
     assert brier_score(np.log(proba[:, 1::-1]), (labels > 1).astype(int)) == pytest.approx(2 * half)
     with pytest.raises(TypeError, match="target has dtype float64"):
         brier_score(np.zeros((2, 3)), np.zeros((2, 3)))
+
+
+# Weights, kinds of arrays, warnings and memory
+
+
+SIGNED = [1.0, -0.3, 2.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    "weight", [SIGNED, [True, False, True, True], [3, 1, 0, 2], np.uint8([3, 1, 0, 2]), np.float16(SIGNED)]
+)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_log_loss_takes_weights_of_any_sign(weight: Any, normalize: bool) -> None:
+    theirs = pytest.importorskip("sklearn.metrics").log_loss
+    y, p = [0, 1, 1, 0], [0.2, 0.7, 0.6, 0.1]
+    for arrays in ((y, p), (list("abba"), p), ([0, 1, 2, 0], np.array([[0.2, 0.7, 0.1]] * 4))):
+        found = log_loss(*arrays, sample_weight=weight, normalize=normalize)
+        assert found == pytest.approx(theirs(*arrays, sample_weight=weight, normalize=normalize), rel=1e-13)
+    soft = np.array([[0.5, 0.5], [0.1, 0.9], [1, 0], [0, 1]])
+    proba = np.stack([1 - np.array(p), p], 1)
+    expected = np.asarray(weight, float) * -(soft * np.log(proba)).sum(1)
+    expected = expected.sum() / np.asarray(weight, float).sum() if normalize else expected.sum()
+    assert log_loss(soft, proba, sample_weight=weight, normalize=normalize) == pytest.approx(expected, rel=1e-13)
+
+
+def test_log_loss_takes_one_weight(proba: Array, labels: Array) -> None:
+    for weight in (3, 0.5, True, np.float32(2), np.True_, np.array(-2), -1):
+        assert log_loss(labels, proba, sample_weight=weight) == pytest.approx(log_loss(labels, proba))
+        total = log_loss(labels, proba, sample_weight=weight, normalize=False)
+        assert total == pytest.approx(float(weight) * log_loss(labels, proba, normalize=False))
+
+
+def test_log_loss_of_weights_that_sum_to_zero() -> None:
+    for weight in ([1, -1], [0, 0], 0):
+        assert math.isnan(log_loss([0, 1], [0.2, 0.3], sample_weight=weight))
+    assert log_loss([0, 1], [math.nan, 7], sample_weight=0, normalize=False) == 0
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch", "array_api_strict", "jax.numpy"])
+def test_log_loss_removes_rows_of_weight_zero(library: str, proba: Array, labels: Array) -> None:
+    asarray = pytest.importorskip(library).asarray
+    weight = np.where(np.arange(50) % 3, 1.5, 0.0).astype(np.float32)
+    keep = weight != 0
+    proba = proba.astype(np.float32)
+    bad, wrong, soft = proba.copy(), labels.astype(np.int32), proba[::-1].copy()
+    expected = log_loss(labels[keep], proba[keep])
+    expected_soft = log_loss(soft[keep], proba[keep])
+    bad[~keep], wrong[~keep], soft[~keep] = np.nan, -7, np.nan
+    bad[0], bad[3] = 2.0, -np.inf
+    assert log_loss(asarray(wrong), asarray(bad), sample_weight=asarray(weight)) == pytest.approx(expected, rel=1e-6)
+    found = log_loss(asarray(soft), asarray(bad), sample_weight=asarray(weight))
+    assert found == pytest.approx(expected_soft, rel=1e-6)
+    if library == "numpy":
+        names = np.array(["a", "b", "c", "d"])[labels].astype(object)
+        names[~keep] = None
+        assert log_loss(names, bad, sample_weight=weight) == pytest.approx(expected, rel=1e-6)
+        # a class that only a removed row names, as in scikit-learn
+        theirs = pytest.importorskip("sklearn.metrics").log_loss
+        arguments = ["a", "c", "b"], np.array([[0.2, 0.3, 0.5]] * 3)
+        assert log_loss(*arguments, sample_weight=[1, 2, 0]) == pytest.approx(
+            theirs(*arguments, sample_weight=[1, 2, 0])
+        )
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch", "array_api_strict", "jax.numpy"])
+def test_no_metric_warns(library: str, rng: np.random.Generator) -> None:
+    asarray = pytest.importorskip(library).asarray
+    x = np.array([[0, 200, -1e30], [-np.inf, 0, 1], [1e-30, 0, 1e30], [3, 2, 1]], np.float32)
+    y, w = asarray(np.array([0, 1, 1, 2], np.int32)), asarray(np.array([1e30, 1e-30, 0, 1], np.float32))
+    p = np.array([[0, 1e-40, 1], [1, 0, 0], [1e-30, 0, 1], [0.25, 0.25, 0.5]], np.float32)
+    with warnings.catch_warnings(), np.errstate(all="raise"):
+        warnings.simplefilter("error")
+        assert float(perplexity(asarray(x), y)) == math.inf
+        assert float(perplexity(asarray(x), y, sample_weight=w)) == math.inf
+        for k in (1, 2):
+            assert 0 <= top_k_accuracy(asarray(x), y, k=k) <= 1
+        assert 0 < brier_score(asarray(x), y) <= 2
+        for truth in (y, asarray(p)):
+            for weight in (None, w):
+                for normalize in (True, False):
+                    assert log_loss(truth, asarray(p), sample_weight=weight, normalize=normalize) > 0
+
+
+def in_long_double(x: Array, y: Array, s: Array, k: int) -> tuple[float, float, float]:
+    """Perplexity, top-k accuracy and Brier score by their definitions; a row of weight 0 is not looked at."""
+    losses, hits, squares = (np.zeros(len(x), np.longdouble) for _ in range(3))
+    for i in np.flatnonzero(s):
+        row, t = x[i].astype(np.longdouble), int(y[i])
+        e = np.exp(row - row.max())
+        losses[i] = np.log(e.sum()) - (row[t] - row.max())
+        hits[i] = t in np.argsort(-row, kind="stable")[:k]
+        squares[i] = ((e / e.sum() - (np.arange(len(row)) == t)) ** 2).sum()
+    mean = [float((s * values).sum() / s.sum()) for values in (losses, hits, squares)]
+    return math.exp(mean[0]), mean[1], mean[2]
+
+
+def check_weights(x: Array, y: Array, s: Array) -> None:
+    for k in (1, 2):
+        expected = in_long_double(x, y, s, k)
+        found = (
+            perplexity(x, y, sample_weight=s),
+            top_k_accuracy(x, y, k=k, sample_weight=s),
+            brier_score(x, y, sample_weight=s),
+        )
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_weights_of_metrics(rng: np.random.Generator) -> None:
+    x, y = np.round(2 * rng.standard_normal((60, 5))), rng.integers(5, size=60)
+    for s in (rng.random(60), rng.integers(0, 3, 60), rng.random(60) < 0.7):
+        check_weights(x, y, s)
+    assert brier_score(x[:1], y[:1], sample_weight=np.zeros(1)) != 0  # NaN
+    assert math.isnan(top_k_accuracy(x[:1], y[:1], sample_weight=np.zeros(1)))
+
+
+def test_metrics_take_weights_of_any_sign(rng: np.random.Generator) -> None:
+    x, y = np.round(2 * rng.standard_normal((60, 5))), rng.integers(5, size=60)
+    check_weights(x, y, rng.normal(0.2, 1, 60))
+    for metric in (perplexity, top_k_accuracy, brier_score):
+        assert math.isnan(metric(x[:2], y[:2], sample_weight=np.array([1.0, -1.0])))
+        assert metric(x, y, sample_weight=-3) == pytest.approx(metric(x, y), rel=1e-12)
+
+
+def test_metrics_remove_rows_of_weight_zero(rng: np.random.Generator) -> None:
+    x, y, s = rng.standard_normal((60, 5)), rng.integers(5, size=60), rng.random(60)
+    s[::3] = 0
+    x[0], x[3, 1], x[6], y[9], y[12] = np.nan, np.inf, -np.inf, 99, -1
+    check_weights(x, y, s)
+
+
+def test_labels_as_floats(rng: np.random.Generator) -> None:
+    x, y, s = rng.standard_normal((60, 5)), rng.integers(5, size=60).astype(float), rng.random(60)
+    check_weights(x, y, s)
+    s[::3] = 0
+    y[[0, 3, 9]] = np.nan, 0.5, 1e30
+    check_weights(x, y, s)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_metrics_in_blocks(dtype: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is computed at a time, on any axis; of arrays of other libraries, too."""
+    ml_dtypes, strict = pytest.importorskip("ml_dtypes"), pytest.importorskip("array_api_strict")
+    torch, jax = pytest.importorskip("torch"), pytest.importorskip("jax.numpy")
+    x = np.round(2 * rng.standard_normal((3, 7, 11, 5))).astype(getattr(ml_dtypes, dtype, dtype))
+    y = rng.integers(7, size=(3, 11, 5)).astype(np.int32)
+    y[1, 2] = -100
+    rows = np.moveaxis(x.astype(float), 1, -1)[y != -100]
+    expected = [in_long_double(rows, y[y != -100], np.ones(len(rows)), k) for k in (1, 2, 3)]
+    for block, ties in ((1 << 19, 1 << 16), (1, 1), (200, 30), (28 * 13, 100)):
+        monkeypatch.setattr("xce.metrics._BLOCK_BYTES", block)
+        monkeypatch.setattr("xce.metrics._TIES", ties)
+        kinds = [x, x.view(Other), np.moveaxis(np.moveaxis(x, 1, -1).copy(), -1, 1)]
+        if dtype == "bfloat16":
+            kinds += [torch.from_numpy(x.astype("f4")).bfloat16(), jax.asarray(x)]
+        elif dtype == "float32":
+            kinds += [torch.from_numpy(x), jax.asarray(x), strict.asarray(x)]
+        for logits in kinds:
+            labels = y
+            if type(logits).__module__.partition(".")[0] != "numpy" and not isinstance(logits, np.ndarray):
+                labels = {"torch": torch, "array_api_strict": strict}.get(
+                    type(logits).__module__.split(".")[0], jax
+                ).asarray(y)
+            for k in (1, 2, 3):
+                assert top_k_accuracy(logits, labels, k=k, axis=1) == pytest.approx(expected[k - 1][1], rel=1e-14)
+            tolerance = {"float16": 1e-3, "bfloat16": 1e-2, "float32": 1e-6, "float64": 1e-13}[dtype]
+            assert brier_score(logits, labels, axis=1) == pytest.approx(expected[0][2], rel=tolerance)
+
+
+class Other(np.ndarray[Any, Any]):
+    """An array whose comparisons and sums mean something else."""
+
+    def __array_ufunc__(self, *args: Any, **options: Any) -> Any:
+        raise AssertionError("the caller's subclass was computed on")
+
+    def __array_function__(self, *args: Any, **options: Any) -> Any:
+        raise AssertionError("the caller's subclass was computed on")
+
+
+@pytest.mark.parametrize("kind", [np.matrix, Other])
+def test_a_subclass_is_an_array(kind: Any, proba: Array, labels: Array) -> None:
+    x, own = np.log(proba), labels if kind is np.matrix else labels.view(kind)
+    for k in (1, 2, 3):
+        assert top_k_accuracy(x.view(kind), own, k=k) == top_k_accuracy(x, labels, k=k)
+    assert brier_score(x.view(kind), own) == brier_score(x, labels)
+    assert perplexity(x.view(kind), own) == perplexity(x, labels)
+    assert log_loss(own, proba.view(kind)) == log_loss(labels, proba)
+    assert log_loss(proba.view(kind), proba.view(kind)) == log_loss(proba, proba)
+    if kind is Other:
+        weight = np.linspace(-1, 2, 50)
+        assert log_loss(own, proba, sample_weight=weight.view(kind)) == log_loss(labels, proba, sample_weight=weight)
+
+
+def test_memory_of_metrics() -> None:
+    """1 MiB beside the logits, as NumPy counts it."""
+    for dtype in (np.float16, np.float32, np.float64):
+        x = np.ones((1 << 18, 16), dtype)
+        for logits in (x, x.reshape(4, -1)[:, :100_000]):
+            labels, weight = np.broadcast_to(np.int64(1), len(logits)), np.broadcast_to(np.float32(2), len(logits))
+            for act in (
+                lambda x, y, s: brier_score(x, y, sample_weight=s),
+                lambda x, y, s: top_k_accuracy(x, y, sample_weight=s),
+                lambda x, y, s: top_k_accuracy(x, y, k=3, sample_weight=s),
+            ):
+                act(logits[:64], labels[:64], weight[:64])
+                tracemalloc.start()
+                act(logits, labels, weight)
+                peak = tracemalloc.get_traced_memory()[1]
+                tracemalloc.stop()
+                assert peak < 1.2 * 2**20
+
+
+@pytest.mark.parametrize(
+    "dtype", ["longdouble", "clongdouble", "complex64", "O", "M8[s]", "m8[s]", "U3", "S3", "i4,f4"]
+)
+def test_soft_labels_are_numbers_that_are_read(dtype: str) -> None:
+    truth = np.zeros((2, 2), dtype) if "," in dtype else np.array([[1, 0], [0, 1]]).astype(dtype)
+    proba = np.array([[0.5, 0.5], [0.3, 0.7]])
+    with pytest.raises(TypeError, match=r"^y_true has dtype .*: expected bool, int8, .* or float64$"):
+        log_loss(truth, proba)
+    with pytest.raises(TypeError, match=r"^y_true has dtype .*: expected bool, int8, .* or float64$"):
+        log_loss(truth, proba, sample_weight=[1, 0])
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int8", ">i4", "uint64", "float16", ">f4", "float64", "bfloat16"])
+def test_soft_labels_of_any_number(dtype: str) -> None:
+    number = getattr(pytest.importorskip("ml_dtypes"), dtype) if dtype == "bfloat16" else dtype
+    truth = np.array([[1, 0], [0, 1]]).astype(number)
+    for weight in (None, [1.0, 0.0]):
+        expected = -math.log(0.5) if weight else -(math.log(0.5) + math.log(0.7)) / 2
+        assert log_loss(truth, np.array([[0.5, 0.5], [0.3, 0.7]]), sample_weight=weight) == pytest.approx(expected)
+
+
+def test_a_label_is_ignored_only_if_it_is_that_number() -> None:
+    """Nothing is rounded or wrapped to `ignore_index`; a bad label that nobody checked makes a score NaN."""
+    x = np.array([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
+    for dtype, label, ignore_index in (
+        ("uint64", 2**64 - 1, -1),
+        ("float16", 2048, 2049),
+        ("float32", 2**24, 2**24 + 1),
+        ("float64", 2**53, 2**53 + 1),
+    ):
+        target = np.array([label, 1], dtype)
+        assert math.isnan(brier_score(x, target, ignore_index=ignore_index, validate=False))
+        assert top_k_accuracy(x, target, ignore_index=ignore_index, validate=False) == 0
+        if dtype != "uint64":
+            assert brier_score(x, target, ignore_index=label) == brier_score(x[1:], target[1:])
+
+
+def test_classes_of_very_many_digits() -> None:
+    many = 10**5000
+    with pytest.raises(ValueError, match=r"^y_true\[1\] = 1\.00e\+5000 is not one of the classes \[0 1\]$"):
+        log_loss([0, many], [[0.5, 0.5], [0.3, 0.7]], labels=[0, 1])
+    with pytest.raises(ValueError, match=r"^y_true\[1\] = 1 is not one of the classes of dtype object$"):
+        log_loss([0, 1], [[0.5, 0.5], [0.3, 0.7]], labels=[0, many])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_brier_score_does_not_depend_on_strides(dtype: str) -> None:
+    x = np.random.default_rng(0).standard_normal((3, 23333)).astype(dtype)
+    y = np.array([5, 6, 7])
+    expected = brier_score(x, y)
+    assert brier_score(np.asfortranarray(x), y) == expected
+    assert brier_score(x.T.copy(), y, axis=0) == expected
+    same = np.broadcast_to(x[:1], x.shape)
+    assert brier_score(same, y) == brier_score(same.copy(), y)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_log_loss_does_not_depend_on_strides(dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    for n, c in ((9000, 3), (200, 1000), (7, 40000)):
+        p, q = (rng.dirichlet(np.ones(c), size=n).astype(dtype) for _ in range(2))
+        y, w = rng.integers(c, size=n), rng.standard_normal(n)
+        options = {"labels": np.arange(c), "sample_weight": w}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # float16 does not sum to 1
+            expected = xce.log_loss(q, p), xce.log_loss(y, p, **options), xce.log_loss(q, p, sample_weight=w)
+            for place in (np.asfortranarray, lambda a: np.flip(np.flip(a).copy()), lambda a: np.repeat(a, 2, 0)[::2]):
+                own = {"labels": np.arange(c), "sample_weight": place(w)}
+                found = (
+                    xce.log_loss(place(q), place(p)), xce.log_loss(place(y), place(p), **own),
+                    xce.log_loss(place(q), place(p), sample_weight=place(w)),
+                )  # fmt: skip
+                assert found == expected

@@ -19,7 +19,7 @@ from xce._backends import _cuda, _cuda_linear, _cuda_scale
 
 nvrtc = pytest.importorskip("cupy", reason="needs CuPy, to compile the kernels of CUDA").cuda.nvrtc
 
-from xce._backends.cupy import _OPTIONS  # noqa: E402
+from xce._backends.cupy import OPTIONS  # noqa: E402
 
 ARCHITECTURES = ("75", "80", "90", "100")
 EVERY = os.environ.get("XCE_EVERY_ARCHITECTURE") == "1"
@@ -65,9 +65,8 @@ class Report(NamedTuple):
 
 def compiled(module: _cuda.Module, arch: str) -> Report:
     """Compile a module as CuPy would."""
-    program = nvrtc.createProgram(_cuda.text(*module.files), "xce.cu", [], [])
-    definitions = [f"-DXCE_STORAGE_{module.storage}", *(f"-D{name}={value}" for name, value in module.definitions)]
-    options = [f"--gpu-architecture=sm_{arch}", *_OPTIONS, "-ftz=true", *definitions, "--ptxas-options=-v"]
+    program = nvrtc.createProgram(_cuda.source(module), "xce.cu", [], [])
+    options = [f"--gpu-architecture=sm_{arch}", *OPTIONS, "-ftz=true", "--ptxas-options=-v"]
     try:
         nvrtc.compileProgram(program, options)
         return report(nvrtc.getProgramLog(program), nvrtc.getCUBIN(program))

@@ -127,7 +127,7 @@ def test_float32(bound: Bound, libraries: dict[str, Library], record_property: A
     place = ctypes.c_float()
     for low, high in ends:
         error = sweep(FUNCTIONS.index(bound.function), bound.exponent, low, high, step, least, ctypes.byref(place))
-        record_property("ulps", error)
+        record_property("ulps", float(error))
         assert error <= bound.ulps, f"{error} ULP at {place.value!r}"
 
 

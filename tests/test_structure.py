@@ -83,6 +83,12 @@ def test_every_formula_has_a_case_and_a_kernel() -> None:
             assert set(known) == formulas
 
 
+@pytest.mark.parametrize("loss", PUBLIC_LOSSES)
+def test_every_loss_warns_of_finite_differences(loss: str) -> None:
+    notes = (inspect.getdoc(getattr(xce, loss)) or "").partition("\nNotes\n")[2]
+    assert notes.count("A float32 loss is too coarse for the finite differences") == 1
+
+
 # A formula is written once: the CUDA kernels are a second schedule, not a second library
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -131,10 +132,29 @@ def test_environment_variables(environment: dict[str, str], n: int) -> None:
     assert int(run_apart(COUNT, **environment)) == n
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5"])
+REFUSED = """
+import numpy as np, xce
+
+u, p, y = np.zeros((1, 2)), np.full((1, 2), 0.5), np.zeros(1, int)
+for compute in (
+    xce.get_num_threads, xce.show_config, lambda: xce.cross_entropy(u, y), lambda: xce.softmax(u),
+    lambda: xce.binary_cross_entropy(p, p), lambda: xce.linear_cross_entropy(u, u, y),
+    lambda: xce.LossState().update(u, y), lambda: xce.metrics.brier_score(p, y),
+):
+    try:
+        compute()
+    except ImportError as error:
+        print(error)
+xce.set_num_threads(1)
+print(xce.get_num_threads(), xce.cross_entropy(u, y, reduction="sum") > 0)
+"""
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", " "])
 def test_environment_variables_that_are_refused(value: str) -> None:
-    code = f"try:\n    import xce\nexcept ValueError as error:\n    print(error)\nelse:\n    print({value!r})"
-    assert "XCE_NUM_THREADS" in run_apart(code, XCE_NUM_THREADS=value)
+    """As XCE_CPU: by the first call, however small; who then says how many threads need not care."""
+    refusal = f"XCE_NUM_THREADS={value!r} is not allowed: expected an integer of at least 1"
+    assert run_apart(REFUSED, XCE_NUM_THREADS=value).splitlines() == [refusal] * 8 + ["1 True"]
 
 
 @needs_openmp
@@ -153,6 +173,75 @@ def test_any_number_may_be_asked_for(n: Any) -> None:
     assert xce.cross_entropy(X, Y, n_threads=n) == expected
     with machine_of(4):
         assert xce.cross_entropy(X, Y, n_threads=n) == expected
+
+
+# A build without OpenMP
+
+
+@pytest.fixture
+def build_without_openmp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_threads, "_is_serial_untold", True)
+    monkeypatch.setattr(runtime, "openmp_version", lambda: 0)
+
+
+def test_one_thread_is_told_once_where_the_call_is(build_without_openmp: None) -> None:
+    with machine_of(8), warnings.catch_warnings(record=True, action="always") as told:
+        for _ in range(3):
+            xce.cross_entropy(X, Y)
+    assert [warning.category for warning in told] == [RuntimeWarning]
+    assert str(told[0].message).startswith("xce computes on one thread of the 8 that this process may use")
+    assert told[0].filename == __file__
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("function", [xce.softmax, lambda x: xce.binary_cross_entropy_with_logits(x, x > 0)])
+def test_one_thread_is_told_at_the_first_large_call(function: Any, library: str, build_without_openmp: None) -> None:
+    x = X if library == "numpy" else pytest.importorskip("torch").from_numpy(X)
+    with machine_of(8), pytest.warns(RuntimeWarning, match="one thread") as told:
+        function(x)
+    assert told[0].filename == __file__
+
+
+def test_one_thread_is_not_told_where_no_call_would_have_more(build_without_openmp: None) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with machine_of(8):
+            xce.cross_entropy(X[:100], Y[:100])
+            xce.cross_entropy(X, Y, n_threads=1)
+            with xce.num_threads(1):
+                xce.cross_entropy(X, Y)
+        with machine_of(1):
+            xce.cross_entropy(X, Y)
+
+
+def test_what_a_build_lacks_is_shown(build_without_openmp: None, capsys: pytest.CaptureFixture[str]) -> None:
+    config = xce.show_config(mode="dicts")
+    assert config is not None
+    assert any(line.startswith("OpenMP: every call runs on one thread") for line in config["missing"])
+    xce.show_config()
+    assert "missing  OpenMP: every call runs on one thread" in capsys.readouterr().out
+
+
+TWO_LARGE_CALLS = f"""
+import sys, warnings
+warnings.filterwarnings(sys.argv[1], message="xce computes on one thread")
+import numpy, xce
+from xce import _threads
+_threads.hardware_limit = lambda: 8
+for _ in range(2):
+    xce.softmax(numpy.zeros({X.shape}))
+"""
+
+
+@pytest.mark.parametrize("action", ["error", "always", "ignore"])
+def test_only_a_build_without_openmp_tells_and_can_be_silenced(action: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", TWO_LARGE_CALLS, action], capture_output=True, text=True, timeout=60, check=False
+    )
+    is_told = action != "ignore" and not runtime.openmp_version()
+    assert result.stderr.count("RuntimeWarning: xce computes on one thread of the 8") == is_told
+    assert (result.returncode != 0) == (is_told and action == "error")
+    assert bool(result.stderr) == is_told
 
 
 # Forks
@@ -253,6 +342,146 @@ def test_ctrl_c_ends_a_long_call(n: int) -> None:
     seconds, value = map(float, run_apart(INTERRUPTED.format(n=n)).split())
     assert seconds < 1
     assert value == pytest.approx(4095 - 7 + 0.4586751453870819)
+
+
+IN_EACH_CALL = """
+def interrupt():
+    time.sleep(0.2)
+    sent.append(time.perf_counter())
+    os.kill(os.getpid(), signal.SIGINT)
+
+for call in calls:
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        call()
+        time.sleep(9)
+    except KeyboardInterrupt:
+        late.append(time.perf_counter() - sent[-1])
+    thread.join()
+print(*late)
+"""
+LONG_ROWS = """
+import os, signal, threading, time, numpy, xce
+signal.signal(signal.SIGINT, signal.default_int_handler)
+n, sent, late = 2**30, [], []
+x, q = numpy.broadcast_to(numpy.float32(1), (2, n)), numpy.broadcast_to(0.5, (2, n))
+y, w = numpy.array([3, 5]), numpy.broadcast_to(True, (2, n))
+rows, labels = numpy.broadcast_to(numpy.float32(1), (n, 2)), numpy.broadcast_to(numpy.float32(1), (n,))
+calls = [
+    lambda: xce.cross_entropy(x, y),
+    lambda: xce.cross_entropy(x.T, y, axis=0, where=w.T, label_smoothing=0.1),
+    lambda: xce.focal_loss(x, q, gamma=2.5, where=w, softcap=3.0, validate=False),
+    lambda: xce.distillation_loss(x, q, divergence="js", temperature=2.0),
+    lambda: xce.logit_stats(x, y),
+    lambda: xce.logsumexp(x),
+    lambda: xce.binary_cross_entropy_with_logits(x, q, validate=False),
+    lambda: xce.multilabel_soft_margin_loss(x, q, validate=False, reduction="none"),
+    lambda: xce.cross_entropy(rows, labels, sample_weight=numpy.broadcast_to(1.5, (n,))),
+]
+"""
+# what is read before the rows are computed: `where` for the denominator and for errors, the classes of a teacher
+LONG_CHECKS = """
+import os, signal, threading, time, numpy, xce
+signal.signal(signal.SIGINT, signal.default_int_handler)
+n, sent, late = 2**20, [], []
+as_wide, zeros = numpy.broadcast_to, lambda *shape: numpy.broadcast_to(numpy.float32(0), shape)
+last = numpy.zeros(n, bool)
+last[-1] = True
+bad, weight = numpy.full(2**14, n - 1), numpy.ones(2**14)
+bad[7], weight[7] = -5, 0
+classes = numpy.arange(2**22)[::-1].astype(">i8")  # whose order is slow to find
+calls = [
+    lambda: xce.cross_entropy(zeros(2**14, n), numpy.full(2**14, n - 1), where=as_wide(last, (2**14, n))),
+    lambda: xce.cross_entropy(zeros(2**14, n), numpy.zeros(2**14, int), where=as_wide(False, (2**14, n))),
+    lambda: xce.cross_entropy(zeros(1, 2**33), numpy.zeros(1, int), where=as_wide(False, (1, 2**33))),
+    lambda: xce.distillation_loss(zeros(2**14, n), zeros(2**14, n), where=as_wide(last, (2**14, n))),
+    lambda: xce.cross_entropy(zeros(2**14, n), bad, where=as_wide(last, (2**14, n)), sample_weight=weight),
+    lambda: xce.cross_entropy(
+        zeros(2**14, n), as_wide(-1.0, (2**14, n)), sample_weight=0.0, where=as_wide(last, (2**14, n))
+    ),
+    lambda: xce.distillation_loss(zeros(2, 2**22), zeros(2, 2**22), teacher_indices=as_wide(classes, (2, 2**22))),
+    lambda: xce.distillation_loss(
+        zeros(99, 2**22), zeros(99, 2**22), teacher_indices=as_wide(classes, (99, 2**22)), validate=False
+    ),
+]
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
+@pytest.mark.parametrize(("calls", "count"), [(LONG_ROWS, 9), (LONG_CHECKS, 8)], ids=["rows", "checks"])
+@pytest.mark.parametrize("n", [1, 2])
+def test_ctrl_c_ends_a_long_row(n: int, calls: str, count: int) -> None:
+    seconds = list(map(float, run_apart(calls + IN_EACH_CALL, XCE_NUM_THREADS=str(n)).split()))
+    assert len(seconds) == count
+    assert max(seconds) < 1  # 0.1 where nothing else runs
+
+
+# Small stacks
+
+SMALL_STACK = """
+import sys, threading, numpy, xce
+from xce import _threads
+_threads.hardware_limit = lambda: 4
+dtypes, failed, rng = ["f4", "f8", "f2"], [], numpy.random.default_rng(0)
+try:
+    import ml_dtypes
+    dtypes.append(ml_dtypes.bfloat16)
+except ImportError:
+    pass
+
+def all_calls():
+    for dtype in dtypes:
+        for shape in ((3, 5), (700, 300), (4, 30000)):
+            x, t = (rng.standard_normal(shape).astype(dtype) for _ in range(2))
+            y, q = rng.integers(shape[1], size=shape[0]), rng.random(shape)
+            both = dict(return_grad=True, return_hess=True)
+            every = dict(where=numpy.ones(shape, bool), label_smoothing=0.1, softcap=5.0, temperature=0.7, **both)
+            for loss in (xce.cross_entropy, xce.focal_loss, xce.poly_loss, xce.generalized_cross_entropy):
+                for target in (y, y.astype("f4") % 7, q):
+                    loss(x, target, **both)
+                    loss(x, target, **every)
+            xce.nll_loss(x, y, **both)
+            for divergence in ("forward", "reverse", "js"):
+                xce.distillation_loss(x, t, divergence=divergence, **both)
+            some = numpy.tile(numpy.arange(3), (shape[0], 1))
+            xce.distillation_loss(x, t[:, :3], teacher_indices=some, **both)
+            for function in (xce.softmax, xce.log_softmax, xce.logsumexp):
+                function(x)
+            xce.logit_stats(x, y)
+            b, p = q > 0.5, q.astype(x.dtype)
+            for loss in (xce.binary_cross_entropy_with_logits, xce.sigmoid_focal_loss, xce.asymmetric_loss):
+                loss(x, b, **both)
+            xce.binary_cross_entropy(p, b, **both)
+            xce.kl_div(x, q, **both)
+            xce.soft_margin_loss(x, 2.0 * b - 1, **both)
+            xce.multilabel_soft_margin_loss(x, b, **both)
+            inputs, weight = (rng.standard_normal((n, 7)).astype(dtype) for n in shape)
+            xce.linear_cross_entropy(inputs, weight, y, return_grad=True)
+            state = xce.LossState()
+            state.update(x, y)
+
+def run():
+    try:
+        all_calls()
+    except BaseException as error:
+        failed.append(repr(error))
+
+all_calls()  # imports need more
+if {small_caller}:
+    threading.stack_size(65536)
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+print(failed)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="stacks have another least size elsewhere")
+@pytest.mark.parametrize("small_caller", [True, False])
+def test_a_stack_of_64_kib_is_enough(small_caller: bool) -> None:
+    code = SMALL_STACK.replace("{small_caller}", str(small_caller))
+    assert run_apart(code, timeout=200, OMP_STACKSIZE="64k", OMP_NUM_THREADS="4") == "[]"
 
 
 # Many callers

@@ -9,6 +9,7 @@ import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import module_from_spec
 from typing import Any, NamedTuple
 
 import pytest
@@ -802,6 +803,38 @@ def test_deprecated_arguments(name: str) -> None:
         with pytest.warns(UserWarning, match="please use reduction="):
             found = getattr(xce.torch, name)(x, target, **options)
         assert_close(found, getattr(F, name)(x, target, **options))
+
+
+def test_nothing_goes_to_pytorch_where_that_is_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = torch.randn(4, 3, requires_grad=True), torch.tensor([0, 2, 1, 1])
+    bad, weight = torch.tensor([0, 2, 1, 3]), -torch.ones(3)
+    expected = F.cross_entropy(x, y, weight)
+    assert_close(xce.torch.cross_entropy(x, y, weight), expected)  # a class weight below 0, which PyTorch takes
+    monkeypatch.setattr(xce.torch, "_falls_back", False)
+    xce.torch.cross_entropy(x, y).backward()
+    with pytest.raises(ValueError, match=r"weight\[0\] = -1"):
+        xce.torch.cross_entropy(x, y, weight)
+    with pytest.raises(xce.LabelError):
+        xce.torch.cross_entropy(x, bad)
+    for name, call in {
+        "cross_entropy": lambda: xce.torch.cross_entropy(x.to("meta"), y.to("meta")),
+        "kl_div": lambda: torch.func.grad(lambda u: xce.torch.kl_div(u, x.detach().exp()))(x.detach()),
+        "soft_margin_loss": lambda: xce.torch.SoftMarginLoss()(x, x.detach().double()),
+    }.items():
+        with pytest.raises(RuntimeError, match=f"cannot take this call of {name}, and XCE_TORCH_FALLBACK=0 keeps"):
+            call()
+
+
+def test_whether_that_is_forbidden_is_said_clearly(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = xce.torch.__spec__
+    for value, expected in (("0", False), ("1", True), ("", True)):
+        monkeypatch.setenv("XCE_TORCH_FALLBACK", value)
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        assert module._falls_back is expected
+    monkeypatch.setenv("XCE_TORCH_FALLBACK", "false")
+    with pytest.raises(ImportError, match=r"^XCE_TORCH_FALLBACK='false' is not allowed: expected 0 or 1$"):
+        spec.loader.exec_module(module_from_spec(spec))
 
 
 def test_kl_div_warns_as_pytorch_does() -> None:

@@ -24,9 +24,13 @@ __all__ = [
 __all__ += losses.__all__
 
 
-def __getattr__(name: str) -> str:
+def __getattr__(name: str) -> object:
     if name == "__version__":  # read only when asked for: it takes a millisecond
         from importlib.metadata import version
 
         return version("xce")
+    if name == "torch":  # which loads PyTorch
+        from importlib import import_module
+
+        return import_module("xce.torch")
     raise AttributeError(f"module 'xce' has no attribute {name!r}")

@@ -6,14 +6,15 @@ plain NumPy call costs about a microsecond; the checks that coerce or explain ar
 
 from __future__ import annotations
 
+from numbers import Integral
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from numpy import ndarray
+from numpy import generic, ndarray
 
 from xce import _check as check
 from xce._check import DIVERGENCES, INT64, NATIVE_FLOATS, NATIVE_INTEGERS, REDUCTIONS, Array, dtype_name, thread_count
-from xce._dispatch import owner_of, placed, view
+from xce._dispatch import device_of, namespace, owner_of, placed, view, view_buffer
 
 __all__ = [
     "Array", "Call", "LinearCall", "LogitStats", "dtype_name", "finish", "finish_linear", "normalise",
@@ -123,13 +124,14 @@ def normalise(
         first, logits = logits, owner.view(logits, name)
         target = check.view_target(owner, first, name, logits, target)
         weight = None if weight is None else view(owner, first, weight, "weight", name)
-        sample_weight = None if sample_weight is None else view(owner, first, sample_weight, "sample_weight", name)
+        if sample_weight is not None:
+            sample_weight = check.view_factors(owner, first, name, logits, sample_weight, "sample_weight")
         where = None if where is None else view(owner, first, where, "where", name)
-        grad_out = None if grad_out is None else view(owner, first, grad_out, "grad_out", name)
-        hess_out = None if hess_out is None else view(owner, first, hess_out, "hess_out", name)
+        grad_out = view_buffer(owner, first, grad_out, "grad_out", name)
+        hess_out = view_buffer(owner, first, hess_out, "hess_out", name)
 
     if not is_plain or logits.dtype not in NATIVE_FLOATS:
-        logits = check.typed(logits, name, *check.FLOATS)
+        logits = check.of_dtype(logits, name, *check.FLOATS)
     shape = logits.shape
     ndim = len(shape)
     if type(axis) is not int or not -ndim <= axis < ndim:
@@ -138,23 +140,33 @@ def normalise(
         axis += ndim
     n_classes = shape[axis]
     if n_classes == 0:
-        raise ValueError(f"{name} of shape {shape} has no classes: axis {axis} must have at least one")
+        raise ValueError(f"{name} of shape {shape} has no classes: expected at least one on axis {axis}")
     rows = shape[:axis] + shape[axis + 1 :]
 
     is_index = is_plain and target.shape == rows and target.dtype in NATIVE_INTEGERS
     if not is_index:
         target, is_index = check.target_mode(target, name, shape, axis, rows)
         if op != "loss" and not is_index:
-            raise TypeError(f"target has dtype {dtype_name(target.dtype)}: it must be integers of shape {rows}")
+            raise TypeError(
+                f"target has dtype {dtype_name(target.dtype)} and shape {target.shape}: expected class indices of "
+                f"shape {rows}, integers or floats that are whole numbers"
+            )
     if type(ignore_index) is not int or ignore_index not in INT64:
         ignore_index = check.label("ignore_index", ignore_index)
     if type(validate) is not bool:
         validate = check.flag("validate", validate)
+    if has_extras:
+        if weight is not None:
+            weight = check.class_weight(owner, weight, n_classes, validate)
+        if sample_weight is not None:
+            sample_weight = check.row_weight(owner, sample_weight, rows, validate)
+        if where is not None:
+            where = check.broadcast(check.typed(where, "where", "bool"), "where", shape, name)
     if validate:
         if not is_index:
-            check.values(owner, target, "target", *check.NOT_NEGATIVE)
-        elif (bad := owner.scan_labels(target, n_classes, ignore_index)) >= 0:
-            raise check.label_error(target, bad, n_classes, ignore_index)
+            check.probabilities(owner, target, axis, sample_weight, where)
+        elif owner.scan_labels(target, n_classes, ignore_index) >= 0:
+            check.labels(owner, target, n_classes, ignore_index, axis, sample_weight, where)
 
     if type(label_smoothing) is not float or label_smoothing != 0.0:
         label_smoothing = check.real("label_smoothing", label_smoothing)
@@ -173,17 +185,10 @@ def normalise(
     if n_threads is not None:
         n_threads = check.thread_count("n_threads", n_threads)
 
-    if has_extras:
-        if weight is not None:
-            weight = check.class_weight(owner, weight, n_classes, validate)
-        if sample_weight is not None:
-            sample_weight = check.row_weight(owner, sample_weight, rows, validate)
-        if where is not None:
-            where = check.broadcast(check.typed(where, "where", "bool"), "where", shape, name)
-        if not (grad_out is hess_out is None):
-            check.asked((grad_out, return_grad, "grad"), (hess_out, return_hess, "hess"))
-            inputs = {"target": target, "weight": weight, "sample_weight": sample_weight, "where": where}
-            check.buffers(logits, name, {"grad_out": grad_out, "hess_out": hess_out}, inputs)
+    if not (grad_out is hess_out is None):
+        check.asked((grad_out, return_grad, "grad"), (hess_out, return_hess, "hess"))
+        inputs = {"target": target, "weight": weight, "sample_weight": sample_weight, "where": where}
+        check.buffers(logits, name, {"grad_out": grad_out, "hess_out": hess_out}, inputs)
 
     # fmt: off
     return tuple.__new__(Call, (  # half the time of Call(...)
@@ -199,25 +204,29 @@ def normalise_map(
     owner: ModuleType,
     op: str,
     x: Array,
-    axis: int,
+    axis: int | Integral,
     temperature: float = 1.0,
+    where: Array | None = None,
     out: Array | None = None,
     n_threads: int | None = None,
 ) -> Call:
     """Return the checked call of an operation on `x` alone."""
-    first, x = x, check.typed(owner.view(x, "x"), "x", *check.FLOATS)
+    first, x = x, check.of_dtype(owner.view(x, "x"), "x", *check.FLOATS)
     axis = check.class_axis(axis, len(x.shape), "x")
     if x.shape[axis] == 0:
-        raise ValueError(f"x of shape {x.shape} has no classes: axis {axis} must have at least one")
+        raise ValueError(f"x of shape {x.shape} has no classes: expected at least one on axis {axis}")
     temperature = check.real("temperature", temperature)
     n_threads = check.thread_count("n_threads", n_threads)
+    if where is not None:
+        where = check.typed(view(owner, first, where, "where", "x"), "where", "bool")
+        where = check.broadcast(where, "where", x.shape, "x")
     if out is not None:
-        out = view(owner, first, out, "out", "x")
-        check.buffers(x, "x", {"out": out}, {})
+        out = view_buffer(owner, first, out, "out", "x")
+        check.buffers(x, "x", {"out": out}, {"where": where})
     # fmt: off
     return Call(
         op=op, phi="", phi_param=0.0, logits=x, axis=axis, target=None, weight=None, sample_weight=None,
-        where=None, ignore_index=-100, label_smoothing=0.0, temperature=temperature, softcap=None, z_loss=0.0,
+        where=where, ignore_index=-100, label_smoothing=0.0, temperature=temperature, softcap=None, z_loss=0.0,
         reduction="none", return_grad=False, return_hess=False, grad_out=out, hess_out=None,
         n_threads=n_threads, validate=True,
     )
@@ -235,6 +244,7 @@ def normalise_distillation(
     temperature: float,
     reduction: str,
     sample_weight: Array | None,
+    where: Array | None,
     return_grad: bool,
     return_hess: bool,
     grad_out: Array | None,
@@ -244,37 +254,40 @@ def normalise_distillation(
 ) -> Call:
     """Return the checked call of a divergence between two arrays of logits."""
     name = "student_logits"
-    first, student = student, check.typed(owner.view(student, name), name, *check.FLOATS)
-    teacher = check.typed(view(owner, first, teacher, "teacher_logits", name), "teacher_logits", *check.FLOATS)
+    first, student = student, check.of_dtype(owner.view(student, name), name, *check.FLOATS)
+    teacher = check.of_dtype(view(owner, first, teacher, "teacher_logits", name), "teacher_logits", *check.FLOATS)
     axis = check.class_axis(axis, len(student.shape), name)
     shape = student.shape
     if shape[axis] == 0:
-        raise ValueError(f"{name} of shape {shape} has no classes: axis {axis} must have at least one")
+        raise ValueError(f"{name} of shape {shape} has no classes: expected at least one on axis {axis}")
     rows = shape[:axis] + shape[axis + 1 :]
     validate = check.flag("validate", validate)
     divergence = check.choice("divergence", divergence, DIVERGENCES)
+    if sample_weight is not None:
+        sample_weight = check.view_factors(owner, first, name, student, sample_weight, "sample_weight")
+        sample_weight = check.row_weight(owner, sample_weight, rows, validate)
+    if where is not None:
+        where = check.typed(view(owner, first, where, "where", name), "where", "bool")
+        where = check.broadcast(where, "where", shape, name)
     if indices is not None:
-        indices = check.sparse_teacher(
-            owner, view(owner, first, indices, "teacher_indices", name), teacher, shape, axis, divergence, validate
-        )
+        indices = view(owner, first, indices, "teacher_indices", name)
+        counting = sample_weight, where
+        indices = check.sparse_teacher(owner, indices, teacher, shape, axis, divergence, counting, validate)
     elif teacher.shape != shape:
         raise ValueError(
-            f"teacher_logits has shape {teacher.shape} but must have {shape}, the shape of {name}, "
+            f"teacher_logits has shape {teacher.shape}: expected {shape}, the shape of {name}, "
             "unless teacher_indices says which classes they are of"
         )
-    if sample_weight is not None:
-        sample_weight = view(owner, first, sample_weight, "sample_weight", name)
-        sample_weight = check.row_weight(owner, sample_weight, rows, validate)
     return_grad, return_hess = check.flag("return_grad", return_grad), check.flag("return_hess", return_hess)
-    grad_out = None if grad_out is None else view(owner, first, grad_out, "grad_out", name)
-    hess_out = None if hess_out is None else view(owner, first, hess_out, "hess_out", name)
+    grad_out = view_buffer(owner, first, grad_out, "grad_out", name)
+    hess_out = view_buffer(owner, first, hess_out, "hess_out", name)
     check.asked((grad_out, return_grad, "grad"), (hess_out, return_hess, "hess"))
-    inputs = {"teacher_logits": teacher, "teacher_indices": indices, "sample_weight": sample_weight}
+    inputs = {"teacher_logits": teacher, "teacher_indices": indices, "sample_weight": sample_weight, "where": where}
     check.buffers(student, name, {"grad_out": grad_out, "hess_out": hess_out}, inputs)
     # fmt: off
     return Call(
         op="distillation", phi=divergence, phi_param=0.0, logits=student,
-        axis=axis, target=teacher, weight=None, sample_weight=sample_weight, where=None, ignore_index=-100,
+        axis=axis, target=teacher, weight=None, sample_weight=sample_weight, where=where, ignore_index=-100,
         label_smoothing=0.0, temperature=check.real("temperature", temperature), softcap=None, z_loss=0.0,
         reduction=check.choice("reduction", reduction, REDUCTIONS), return_grad=return_grad, return_hess=return_hess,
         grad_out=grad_out, hess_out=hess_out, n_threads=check.thread_count("n_threads", n_threads), validate=validate,
@@ -288,8 +301,16 @@ def finish(owner: ModuleType, call: Any, result: tuple[Array, Array | None, Arra
     loss, grad, hess = result
     wrap = owner.wrap
     if call.return_grad:
-        return (wrap(loss), wrap(grad), wrap(hess)) if call.return_hess else (wrap(loss), wrap(grad))
-    return (wrap(loss), wrap(hess)) if call.return_hess else wrap(loss)
+        grad = wrap(grad) if call.grad_out is None else _in_buffer(wrap(grad), call.grad_out)
+    if call.return_hess:
+        hess = wrap(hess) if call.hess_out is None else _in_buffer(wrap(hess), call.hess_out)
+        return (wrap(loss), grad, hess) if call.return_grad else (wrap(loss), hess)
+    return (wrap(loss), grad) if call.return_grad else wrap(loss)
+
+
+def _in_buffer(result: Array, buffer: Array) -> Array:
+    """Return a result that lies in a buffer: the buffer where it has no axes and would become a number."""
+    return buffer if isinstance(result, generic) else result
 
 
 @placed(1)
@@ -307,7 +328,6 @@ def normalise_linear(
     **options: Any,
 ) -> LinearCall:
     """Return the checked call; `options` are those that `normalise` takes as they are."""
-    from array_api_compat import array_namespace, device
 
     def own(x: Array, name: str) -> Array:
         return None if x is None else view(owner, inputs, x, name, first_name="inputs")
@@ -319,16 +339,19 @@ def normalise_linear(
     )
     # fmt: on
     arrays = {"target": check.view_target(owner, inputs, "inputs", x, target)}
-    arrays |= {"weight": own(weight, "weight"), "sample_weight": own(sample_weight, "sample_weight")}
-    arrays |= {"where": own(where, "where")}
-    xp = array_namespace(x)
-    stand_in = xp.zeros((), dtype=x.dtype, device=device(x))
+    arrays |= {"weight": own(weight, "weight"), "where": own(where, "where")}
+    if sample_weight is not None:
+        arrays["sample_weight"] = check.view_factors(owner, inputs, "inputs", x, sample_weight, "sample_weight")
+    xp = namespace(x)
+    stand_in = xp.zeros((), dtype=check.native(x.dtype), device=device_of(x))
     logits = xp.broadcast_to(stand_in, (*x.shape[:-1], linear_weight.shape[0]))
     # what was viewed may belong to another backend: tensors have become arrays of NumPy
     loss = normalise(owner_of(x, "inputs"), "loss", "cross_entropy", 0.0, logits, -1, **arrays, **options)
     chunk_rows = check.thread_count("chunk_rows", chunk_rows)  # the same rule
     check.asked((grad_out, loss.return_grad, "grad"))
-    buffers = tuple(own(out, f"grad_out[{i}]") for i, out in enumerate(check.three(grad_out)))
+    buffers = tuple(
+        view_buffer(owner, inputs, out, f"grad_out[{i}]", "inputs") for i, out in enumerate(check.three(grad_out))
+    )
     check.linear_buffers(buffers, x, linear_weight, linear_bias, arrays)
     return LinearCall(loss, x, linear_weight, linear_bias, chunk_rows, buffers)
 

@@ -6,9 +6,10 @@ value.
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -18,7 +19,7 @@ from numpy import ndarray
 from numpy.exceptions import AxisError, TooHardError
 
 from xce._backends._scan import BFLOAT16, widen
-from xce._dispatch import type_name, view
+from xce._dispatch import described, device_of, namespace, view
 from xce._errors import LabelError
 
 Array: TypeAlias = Any  # an array of any library that `_dispatch` knows
@@ -29,9 +30,11 @@ INT64 = range(-(2**63), 2**63)
 _OVERLAP_EFFORT = 100_000  # bounds NumPy's exact search for shared memory; past it, it counts as shared
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+NUMBERS = ("bool", *INTEGERS, *FLOATS)
 # NumPy's own dtypes, in native byte order, need no look at their names.
 NATIVE_FLOATS = {np.dtype("float16"), BFLOAT16, np.dtype("float32"), np.dtype("float64")}
 NATIVE_INTEGERS = set(map(np.dtype, INTEGERS))
+LABELS = (*INTEGERS, "int4", "uint4", *FLOATS)  # class indices; of floats, those that are whole numbers
 
 
 # Arrays
@@ -51,21 +54,43 @@ def _dtype_text(dtype: Any) -> str:
     return "bfloat16" if isinstance(dtype, np.dtype) and dtype == BFLOAT16 else str(dtype)
 
 
+def native(dtype: Any) -> Any:
+    """Return a dtype with the byte order of the machine, in which results are."""
+    return dtype.newbyteorder("=") if isinstance(dtype, np.dtype) else dtype
+
+
 def typed(x: Array, name: str, *allowed: str) -> Array:
     """Return `x` in native byte order, if it has one of the allowed dtypes."""
+    x = of_dtype(x, name, *allowed)
+    return x if getattr(x.dtype, "isnative", True) else x.astype(native(x.dtype))
+
+
+def of_dtype(x: Array, name: str, *allowed: str) -> Array:
+    """Return `x`, in whatever byte order, if it has one of the allowed dtypes."""
     if dtype_name(x.dtype) not in allowed:
-        raise TypeError(f"{name} has dtype {_dtype_text(x.dtype)}: allowed are {', '.join(allowed)}")
-    return x if getattr(x.dtype, "isnative", True) else x.astype(x.dtype.newbyteorder("="))
+        hint = _bfloat16_hint(x, name) if "bfloat16" in allowed else ""
+        raise TypeError(f"{name} has dtype {_dtype_text(x.dtype)}: expected {_either(allowed)}{hint}")
+    return x
+
+
+def _either(words: Sequence[str]) -> str:
+    return " or ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
+
+
+def _bfloat16_hint(x: Array, name: str) -> str:
+    """Return what to do with an array of two bytes without a meaning, which is how NumPy reads a saved bfloat16."""
+    is_void = isinstance(x.dtype, np.dtype) and x.dtype == np.dtype("V2")
+    return f"; if it is bfloat16 from a file, pass {name}.view(ml_dtypes.bfloat16)" if is_void else ""
 
 
 def view_target(owner: ModuleType, first: Array, first_name: str, logits: Array, target: Array) -> Array:
     """Return the target as `owner` computes on it; one label may be an integer, for logits of shape (C,)."""
     if type(target) is not type(first) and isinstance(target, Integral) and not isinstance(target, bool):
-        from array_api_compat import array_namespace
-
         if int(target) not in INT64:
-            raise LabelError(f"target = {target} is out of range: a label must be a class, 0 or more, or ignore_index")
-        return array_namespace(logits).asarray(int(target))
+            raise LabelError(
+                f"target = {number_text(target)} is out of range: expected a class, 0 or more, or ignore_index"
+            )
+        return namespace(logits).asarray(int(target))
     return view(owner, first, target, "target", first_name)
 
 
@@ -74,18 +99,19 @@ def target_mode(
 ) -> tuple[Array, bool]:
     """Return the target and whether it holds class indices; its dtype decides, its shape must be that of `name`."""
     dtype, found = dtype_name(target.dtype), target.shape
-    is_index = dtype in INTEGERS
-    expected = rows if is_index else shape
-    if (is_index or dtype in FLOATS) and found == expected:
-        return typed(target, "target", dtype), is_index
-    if not is_index and (dtype not in FLOATS or found == rows):
+    if dtype not in LABELS:
         raise TypeError(
-            f"target has dtype {_dtype_text(target.dtype)} and shape {found}: allowed are integers of shape "
-            f"{rows} (class indices) and floats of shape {shape} (probabilities)"
+            f"target has dtype {_dtype_text(target.dtype)} and shape {found}: expected integers, or floats that are "
+            f"whole numbers, of shape {rows} (class indices), or floats of shape {shape} (probabilities)"
+            + _bfloat16_hint(target, "target")
         )
+    is_index = dtype not in FLOATS or found == rows
+    expected = rows if is_index else shape
+    if found == expected:
+        return target, is_index
     hint = _index_hint(found, shape, rows) if is_index else ""
     raise ValueError(
-        f"target of dtype {dtype} has shape {found} but must have {expected} for {name} of shape {shape} "
+        f"target of dtype {dtype} has shape {found}: expected {expected} for {name} of shape {shape} "
         f"and axis={axis}{hint}"
     )
 
@@ -105,12 +131,24 @@ def _index_hint(found: tuple[int, ...], shape: tuple[int, ...], rows: tuple[int,
 
 def class_weight(owner: ModuleType, weight: Array, n_classes: int, validate: bool) -> Array:
     """Return the checked class weights."""
-    weight = typed(weight, "weight", *FLOATS)
+    weight = _floating(typed(weight, "weight", *NUMBERS))
     if weight.shape != (n_classes,):
-        raise ValueError(f"weight has shape {weight.shape} but must have ({n_classes},), one weight per class")
+        raise ValueError(f"weight has shape {weight.shape}: expected ({n_classes},), one weight per class")
     if validate:
         values(owner, weight, "weight", *FINITE_NOT_NEGATIVE)
     return weight
+
+
+def view_factors(owner: ModuleType, first: Array, first_name: str, like: Array, x: Any, name: str) -> Array:
+    """Return factors as `owner` computes on them; they may be one number for all."""
+    if type(x) is type(first) or not isinstance(x, Real | np.bool_):
+        return view(owner, first, x, name, first_name)
+    xp = namespace(like)
+    try:
+        number = float(x)
+    except OverflowError:  # a very long integer
+        number = math.inf
+    return xp.asarray(number, dtype=xp.float64, device=device_of(like))
 
 
 def row_weight(owner: ModuleType, weight: Array, rows: tuple[int, ...], validate: bool) -> Array:
@@ -119,17 +157,21 @@ def row_weight(owner: ModuleType, weight: Array, rows: tuple[int, ...], validate
 
 
 def factors(owner: ModuleType, weight: Array, name: str, validate: bool) -> Array:
-    """Return checked weights; `sample_weight` may be a mask, or whole numbers."""
-    allowed = ("bool", *INTEGERS, *FLOATS) if name == "sample_weight" else FLOATS
-    weight = typed(weight, name, *allowed)
-    if dtype_name(weight.dtype) not in FLOATS:
-        from array_api_compat import array_namespace
-
-        xp = array_namespace(weight)
-        weight = xp.astype(weight, xp.float64)
+    """Return checked weights; those of samples may have any sign. The kernels of a CPU read numbers of any type."""
+    weight = of_dtype(weight, name, *NUMBERS)
+    if not isinstance(weight, ndarray):
+        weight = _floating(weight)
     if validate:
-        values(owner, weight, name, *FINITE_NOT_NEGATIVE)
+        values(owner, weight, name, *(FINITE if name == "sample_weight" else FINITE_NOT_NEGATIVE))
     return weight
+
+
+def _floating(weight: Array) -> Array:
+    """Return weights as floats; they may be a mask, or whole numbers."""
+    if dtype_name(weight.dtype) in FLOATS:
+        return weight
+    xp = namespace(weight)
+    return xp.astype(weight, xp.float64)
 
 
 def sparse_teacher(
@@ -139,10 +181,11 @@ def sparse_teacher(
     shape: tuple[int, ...],
     axis: int,
     divergence: str,
+    counting: tuple[Array | None, Array | None],
     validate: bool,
 ) -> Array:
-    """Return the checked classes of a teacher that has logits of some classes only."""
-    indices = typed(indices, "teacher_indices", *INTEGERS)
+    """Return the checked classes of a teacher that has logits of some classes only; `counting`: weights and `where`."""
+    indices = of_dtype(indices, "teacher_indices", *LABELS)
     if divergence == "reverse":
         raise ValueError(
             "divergence='reverse' needs the teacher's logits of all classes: with teacher_indices it would be infinite"
@@ -150,61 +193,125 @@ def sparse_teacher(
     k = indices.shape[axis] if len(indices.shape) == len(shape) else 0
     if k == 0 or indices.shape[:axis] + indices.shape[axis + 1 :] != shape[:axis] + shape[axis + 1 :]:
         raise ValueError(
-            f"teacher_indices has shape {indices.shape} but must have that of student_logits, {shape}, "
+            f"teacher_indices has shape {indices.shape}: expected that of student_logits, {shape}, "
             f"with the number of the teacher's classes, at least 1, on axis {axis}"
         )
     if teacher.shape != indices.shape:
         raise ValueError(f"teacher_logits has shape {teacher.shape} but teacher_indices has {indices.shape}")
     if validate:
         # ignoring a label that is a class ignores nothing
-        if (bad := owner.scan_labels(indices, shape[axis], 0)) >= 0:
+        allowed = shape[axis], 0
+        if (bad := _first_bad(owner, owner.scan_labels, indices, allowed, axis, *counting)) >= 0:
             place, label = _entry(indices, bad)
             raise LabelError(
-                f"teacher_indices{place} = {int(label)} is out of range: {shape[axis]} classes are 0..{shape[axis] - 1}"
+                f"teacher_indices{place} = {label} is out of range: {shape[axis]} classes are 0..{shape[axis] - 1}"
             )
-        _refuse_repetitions(indices, axis)
+        sample_weight, where = counting
+        left = None if where is None else owner.classes_left(where, axis)
+        weights = tuple(weight for weight in (sample_weight, left) if weight is not None)
+        _refuse_repetitions(owner, indices, shape[axis], axis, weights)
     return indices
 
 
-def _refuse_repetitions(indices: Array, axis: int) -> None:
-    from array_api_compat import array_namespace
-
-    xp = array_namespace(indices)
-    ordered = xp.sort(xp.moveaxis(indices, axis, -1), axis=-1)
-    again = ordered[..., 1:] == ordered[..., :-1]
-    if bool(xp.any(again)):
-        flat = int(xp.argmax(xp.astype(xp.reshape(again, (-1,)), xp.uint8)))
-        place, label = _entry(ordered[..., 1:], flat)
-        row = f" in row {place.rpartition(',')[0]}]" if "," in place else ""
-        raise ValueError(f"teacher_indices has class {int(label)} twice{row}: classes must be distinct")
+def _refuse_repetitions(
+    owner: ModuleType, indices: Array, n_classes: int, axis: int, weights: tuple[Array, ...]
+) -> None:
+    in_rows = namespace(indices).moveaxis(indices, axis, -1)
+    flat, label = owner.scan_repetitions(in_rows, n_classes, weights)
+    if flat >= 0:
+        row = [int(i) for i in np.unravel_index(flat, in_rows.shape[:-1])] if len(in_rows.shape) > 1 else []
+        where = f" in row {row}" if row else ""
+        raise ValueError(f"teacher_indices has class {label} twice{where}: expected distinct classes")
 
 
 def broadcast(x: Array, name: str, shape: tuple[int, ...], what: str) -> Array:
     """Return `x` broadcast to a shape that it does not enlarge."""
-    from array_api_compat import array_namespace
-
     own = x.shape
     if len(own) > len(shape) or any(n not in (1, m) for n, m in zip(own[::-1], shape[::-1], strict=False)):
         raise ValueError(f"{name} has shape {own}, which does not broadcast to {shape}, the shape of {what}")
-    return array_namespace(x).broadcast_to(x, shape)
+    return namespace(x).broadcast_to(x, shape)
 
 
-def values(owner: ModuleType, x: Array, name: str, low: float, high: float | None, allowed: str) -> None:
-    """Refuse NaN and entries outside low..high (None: infinite ones)."""
-    if (bad := owner.scan_values(x, low, high)) >= 0:
-        place, value = _entry(widen(x), bad)
-        raise ValueError(f"{name}{place} = {float(value):g} is not allowed: {allowed}")
+def probabilities(
+    owner: ModuleType, target: Array, axis: int, sample_weight: Array | None, where: Array | None
+) -> None:
+    """Refuse what is no probability, in rows that count."""
+    low, high, allowed = NOT_NEGATIVE
+    if (bad := _first_bad(owner, owner.scan_values, target, (low, high), axis, sample_weight, where)) >= 0:
+        raise _value_error(target, "target", bad, allowed)
 
 
-NOT_NEGATIVE = (0.0, math.inf, "every entry must be not negative and not NaN")
-FINITE_NOT_NEGATIVE = (0.0, None, "every entry must be finite and not negative")
-UNIT_INTERVAL = (0.0, 1.0, "all elements of input should be between 0 and 1")
-BETWEEN_0_AND_1 = (0.0, 1.0, "every target must be between 0 and 1")
+def labels(
+    owner: ModuleType,
+    target: Array,
+    n_classes: int,
+    ignore_index: int,
+    axis: int,
+    sample_weight: Array | None,
+    where: Array | None,
+) -> None:
+    """Refuse labels that are no classes, in rows that count."""
+    allowed = n_classes, ignore_index
+    if (bad := _first_bad(owner, owner.scan_labels, target, allowed, axis, sample_weight, where)) >= 0:
+        raise label_error(target, bad, n_classes, ignore_index)
+
+
+def _first_bad(
+    owner: ModuleType,
+    scan: Callable[..., int],
+    x: Array,
+    allowed: tuple[Any, ...],
+    axis: int,
+    sample_weight: Array | None,
+    where: Array | None,
+) -> int:
+    """Return what a scan finds in rows that count: where nothing is wrong, nobody asks which do."""
+    bad = scan(x, *allowed)
+    if bad < 0 or sample_weight is where is None:
+        return bad
+    xp = namespace(x)
+    left = None if where is None else owner.classes_left(where, axis)
+    weights = [w for w in (sample_weight, left) if w is not None]
+    if len(weights[0].shape) < len(x.shape):
+        weights = [xp.broadcast_to(xp.expand_dims(w, axis=axis), x.shape) for w in weights]
+    return scan(x, *allowed, tuple(weights))
+
+
+def values(
+    owner: ModuleType,
+    x: Array,
+    name: str,
+    low: float,
+    high: float | None,
+    allowed: str,
+    weights: tuple[Array, ...] = (),
+) -> None:
+    """Refuse NaN and entries outside low..high (None: infinite ones), but where one of the weights is 0."""
+    if (bad := owner.scan_values(x, low, high, weights)) >= 0:
+        raise _value_error(x, name, bad, allowed)
+
+
+def _value_error(x: Array, name: str, flat: int, allowed: str) -> ValueError:
+    """Return the error for the entry at a flat C-order index."""
+    place, value = _entry(x, flat)
+    return ValueError(f"{name}{place} = {float(value):g} is not allowed: {allowed}")
+
+
+NOT_NEGATIVE = (0.0, math.inf, "expected entries of at least 0")
+FINITE = (-math.inf, None, "expected finite entries")
+FINITE_NOT_NEGATIVE = (0.0, None, "expected finite entries of at least 0")
+UNIT_INTERVAL = (0.0, 1.0, "expected probabilities between 0 and 1")
+BETWEEN_0_AND_1 = (0.0, 1.0, "expected targets between 0 and 1")
 
 
 def label_error(target: Array, flat: int, n_classes: int, ignore_index: int) -> LabelError:
     """Return the error for the label at a flat C-order index."""
     place, label = _entry(target, flat)
+    if dtype_name(target.dtype) in FLOATS and not float(label).is_integer():
+        return LabelError(
+            f"target{place} = {float(label):g} is not a class: expected floats of this shape to be class indices, "
+            f"whole numbers in 0..{n_classes - 1}, or ignore_index={ignore_index}"
+        )
     return LabelError(
         f"target{place} = {int(label)} is out of range: labels of {n_classes} classes are "
         f"0..{n_classes - 1}, or ignore_index={ignore_index}"
@@ -214,7 +321,8 @@ def label_error(target: Array, flat: int, n_classes: int, ignore_index: int) -> 
 def _entry(x: Array, flat: int) -> tuple[str, Any]:
     """Return the text of a flat C-order index, ``[3, 7]``, and the entry there."""
     index = tuple(int(i) for i in np.unravel_index(flat, x.shape))
-    return (f"[{', '.join(map(str, index))}]" if index else ""), x[index]
+    entry = widen(x[tuple(slice(i, i + 1) for i in index)])  # of one entry alone: `x` may be large
+    return (f"[{', '.join(map(str, index))}]" if index else ""), entry[(0,) * len(index)]
 
 
 # Buffers
@@ -251,21 +359,23 @@ def buffer(
 ) -> None:
     """Refuse a buffer unlike the array `name`, or that shares memory; `in_place` is the pair that may be the same."""
     if out.shape != like.shape:
-        raise ValueError(f"{key} has shape {out.shape} but must have {like.shape}, the shape of {name}")
-    if out.dtype != like.dtype and not (or_float32 and dtype_name(out.dtype) == "float32"):
-        found, expected = _dtype_text(out.dtype), _dtype_text(like.dtype)
+        raise ValueError(f"{key} has shape {out.shape}: expected {like.shape}, the shape of {name}")
+    dtype = native(like.dtype)
+    if out.dtype != dtype and not (or_float32 and dtype_name(out.dtype) == "float32"):
+        found, expected = _dtype_text(out.dtype), _dtype_text(dtype)
         alternative = " or float32" if or_float32 else ""
-        raise ValueError(f"{key} has dtype {found} but must have {expected}, the dtype of {name}{alternative}")
+        order = "" if like.dtype == dtype else " in this machine's byte order"
+        raise ValueError(f"{key} has dtype {found}: expected {expected}, the dtype of {name}{order}{alternative}")
     memory = _memory(out)
     if memory is not None:
         if not memory.flags.writeable:
-            raise ValueError(f"{key} is read-only: it must be writable")
+            raise ValueError(f"{key} is read-only: expected one that can be written")
         if _overlaps_itself(memory):
-            raise ValueError(f"{key} has strides {out.strides}: its entries must not share memory")
+            raise ValueError(f"{key} has strides {out.strides}: expected entries that do not share memory")
     for other, x in others.items():
         if _share_memory(out, x) and not ((key, other) == in_place and _is_same(out, x)):
             raise ValueError(
-                f"{key} shares memory with {other}: a buffer must have memory of its own "
+                f"{key} shares memory with {other}: expected memory of its own "
                 f"(only {'='.join(in_place)} is allowed, and exactly that)"
             )
 
@@ -325,19 +435,19 @@ class _Place:
 
 def linear_layer(inputs: Array, weight: Array, bias: Array | None) -> tuple[Array, Array, Array | None]:
     """Return inputs (..., D), weight (C, D) and bias (C,), if they are of one dtype and of shapes that fit."""
-    inputs = typed(inputs, "inputs", *FLOATS)
+    inputs = of_dtype(inputs, "inputs", *FLOATS)
     if not inputs.shape:
-        raise ValueError("inputs has shape (): the last axis must be that of the features")
+        raise ValueError("inputs has shape (): expected the features on the last axis")
     if len(weight.shape) != 2 or weight.shape[1] != inputs.shape[-1]:
         raise ValueError(
-            f"linear_weight has shape {tuple(weight.shape)} but must have (C, {inputs.shape[-1]}), C classes by the "
+            f"linear_weight has shape {tuple(weight.shape)}: expected (C, {inputs.shape[-1]}), C classes by the "
             f"features of inputs of shape {tuple(inputs.shape)}"
         )
     if not weight.shape[0]:
-        raise ValueError(f"linear_weight of shape {tuple(weight.shape)} has no classes: there must be at least one")
+        raise ValueError(f"linear_weight of shape {tuple(weight.shape)} has no classes: expected at least one")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
-            f"linear_bias has shape {tuple(bias.shape)} but must have ({weight.shape[0]},), one for each class of "
+            f"linear_bias has shape {tuple(bias.shape)}: expected ({weight.shape[0]},), one for each class of "
             f"linear_weight of shape {tuple(weight.shape)}"
         )
     weight = _of_the_dtype(weight, "linear_weight", inputs)
@@ -347,17 +457,18 @@ def linear_layer(inputs: Array, weight: Array, bias: Array | None) -> tuple[Arra
 def _of_the_dtype(x: Array, name: str, inputs: Array) -> Array:
     expected = dtype_name(inputs.dtype)
     if dtype_name(x.dtype) != expected:
-        raise TypeError(f"{name} has dtype {_dtype_text(x.dtype)} but must have {expected}, the dtype of inputs")
-    return typed(x, name, expected)
+        hint = _bfloat16_hint(x, name) if expected == "bfloat16" else ""
+        raise TypeError(f"{name} has dtype {_dtype_text(x.dtype)}: expected {expected}, the dtype of inputs{hint}")
+    return x
 
 
 def three(grad_out: Any) -> tuple[Array | None, ...]:
     """Return the buffers (d_inputs, d_weight, d_bias)."""
-    text = "it must be None or a tuple of three, (d_inputs, d_weight, d_bias), of arrays or None"
+    text = "expected None or a tuple of three, (d_inputs, d_weight, d_bias), of arrays or None"
     if grad_out is None:
         return None, None, None
     if not isinstance(grad_out, (tuple, list)):
-        raise TypeError(f"grad_out is a {type_name(grad_out)}: {text}")
+        raise TypeError(f"grad_out is {described(grad_out)}: {text}")
     if len(grad_out) != 3:
         raise ValueError(f"grad_out has length {len(grad_out)}: {text}")
     return tuple(grad_out)
@@ -373,7 +484,7 @@ def linear_buffers(
         if out is None:
             continue
         if like is None:
-            raise ValueError(f"grad_out[{i}] given without {name}: it must be None")
+            raise ValueError(f"grad_out[{i}] given without {name}: expected None")
         is_narrow = i > 0 and dtype_name(like.dtype) in ("float16", "bfloat16")
         buffer(out, f"grad_out[{i}]", like, name, others, in_place=("grad_out[0]", "inputs"), or_float32=is_narrow)
         others[f"grad_out[{i}]"] = out
@@ -382,14 +493,74 @@ def linear_buffers(
 # Options
 
 
+def number_text(value: Any) -> str:
+    """Return the text of a number in a message; Python writes no integer of more than 4300 digits."""
+    if isinstance(value, Integral) and abs(int(value)) >= _SHOWN_IN_FULL:
+        shift = int(value).bit_length() - 64
+        power = shift * math.log10(2) + math.log10(abs(int(value)) >> shift)
+        exponent, digits = divmod(round(power, 9), 1)  # so that powers of 10 are shown as such
+        return f"{'-' if value < 0 else ''}{min(10**digits, 9.99):.2f}e+{exponent:.0f}"
+    try:
+        text = str(value)
+    except ValueError:  # a fraction of such integers
+        text = f"<{described(value).partition(' ')[2]}>"
+    return text if len(text) < 80 else f"{text[:40]}..."
+
+
+_SHOWN_IN_FULL = 10**40
+
+
+def unboxed(name: str, value: Any) -> Any:
+    """Return the Python number in a scalar or an array of no dimensions, of any library; anything else as it is."""
+    if getattr(value, "shape", None) != () or not hasattr(value, "dtype"):
+        return value
+    if getattr(value, "requires_grad", False):
+        raise TypeError(f"{name} requires grad: xce has no derivative by it; detach it")
+    dtype = dtype_name(value.dtype)
+    convert = next((to for start, to in _PYTHON_NUMBERS.items() if dtype.startswith(start)), None)
+    if convert is None:
+        return value
+    try:
+        return convert(value)
+    except Exception as error:  # of the library's own
+        raise TypeError(
+            f"{name} is {described(value)} that holds no number, as where it is being traced (jax.jit, "
+            "torch.func.vmap) or lies on the device meta: expected a concrete number"
+        ) from error
+
+
+_PYTHON_NUMBERS: dict[str, Callable[[Any], Any]] = {
+    "bool": bool, "int": int, "uint": int, "float": float, "bfloat": float,
+}  # fmt: skip
+
+
 def class_axis(axis: Any, ndim: int, name: str) -> int:
     """Return the axis as 0..ndim-1."""
+    axis = unboxed("axis", axis)
     if isinstance(axis, bool) or not isinstance(axis, Integral):
-        raise TypeError(f"axis is a {type_name(axis)}: it must be an integer")
+        raise TypeError(f"axis is {described(axis)}: expected an integer")
     if not -ndim <= int(axis) < ndim:
-        allowed = f"allowed are {-ndim}..{ndim - 1}" if ndim else "a class axis is needed"
-        raise AxisError(f"axis={axis} is out of range for {name} of {ndim} dimensions: {allowed}")
+        if not ndim:
+            raise AxisError(f"{name} has shape (): expected at least one axis, that of the classes")
+        raise AxisError(
+            f"axis={number_text(axis)} is out of range for {name} of {ndim} dimensions: expected {-ndim}..{ndim - 1}"
+        )
     return int(axis) % ndim
+
+
+def axes(axis: Any, ndim: int, name: str) -> tuple[int, ...]:
+    """Return axes, of which None is all, in ascending order."""
+    axis = unboxed("axis", axis)
+    if axis is None:
+        return tuple(range(ndim))
+    if isinstance(axis, Integral):
+        axis = (axis,)
+    if not isinstance(axis, tuple | list):
+        raise TypeError(f"axis is {described(axis)}: expected an integer, a tuple of integers or None")
+    found = sorted(class_axis(a, ndim, name) for a in axis)
+    if twice := [a for a, b in itertools.pairwise(found) if a == b]:
+        raise ValueError(f"axis={axis} has axis {twice[0]} twice: expected distinct axes")
+    return tuple(found)
 
 
 def label(name: str, value: Any) -> int:
@@ -399,6 +570,7 @@ def label(name: str, value: Any) -> int:
 
 def thread_count(name: str, value: Any) -> int | None:
     """Return a bound on the number of threads, or None; far too many is not an error, it is clamped later."""
+    value = unboxed(name, value)
     if isinstance(value, int) and value > sys.maxsize:
         value = sys.maxsize
     return (
@@ -411,52 +583,62 @@ def count(name: str, value: Any) -> int:
     return _integer(name, value, range(1, sys.maxsize + 1), "an integer of at least 1")
 
 
+def whole(name: str, value: Any, low: int, *, or_none: bool = False) -> int:
+    """Return an option that is a size or a position; the message of one that may be None says so."""
+    text = f"{'None or ' if or_none else ''}an integer of at least {low}"
+    return _integer(name, value, range(low, sys.maxsize + 1), text)
+
+
 def _integer(name: str, value: Any, allowed: range, text: str) -> int:
+    value = unboxed(name, value)
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} is a {type_name(value)}: it must be {text}")
+        raise TypeError(f"{name} is {described(value)}: expected {text}")
     if int(value) not in allowed:
-        raise ValueError(f"{name}={value} is not allowed: it must be {text}")
+        raise ValueError(f"{name}={number_text(value)} is not allowed: expected {text}")
     return int(value)
 
 
 _REAL_OPTIONS: dict[str, tuple[Callable[[float], bool], str]] = {
-    "label_smoothing": (lambda x: 0.0 <= x <= 1.0, "in [0, 1]"),
-    "temperature": (lambda x: 0.0 < x < math.inf, "finite and greater than 0"),
-    "softcap": (lambda x: 0.0 < x < math.inf, "None, or finite and greater than 0"),
-    "q": (lambda x: 0.0 <= x <= 1.0, "in [0, 1]"),
-    "clip": (lambda x: 0.0 <= x < 1.0, "in [0, 1)"),
-    "alpha": (lambda x: x == -1.0 or 0.0 <= x <= 1.0, "in [0, 1], or -1 for no such factor"),
-    "log_clamp": (lambda x: x <= 0.0, "None, or not positive"),
+    "label_smoothing": (lambda x: 0.0 <= x <= 1.0, "a number in [0, 1]"),
+    "temperature": (lambda x: 0.0 < x < math.inf, "a finite number greater than 0"),
+    "softcap": (lambda x: 0.0 < x < math.inf, "None, or a finite number greater than 0"),
+    "q": (lambda x: 0.0 <= x <= 1.0, "a number in [0, 1]"),
+    "epsilon": (math.isfinite, "a finite number"),
+    "clip": (lambda x: 0.0 <= x < 1.0, "a number in [0, 1)"),
+    "alpha": (lambda x: x == -1.0 or 0.0 <= x <= 1.0, "a number in [0, 1], or None or -1 for no balancing"),
+    "log_clamp": (lambda x: x <= 0.0, "None, or a number of at most 0"),
 }
-_NONNEGATIVE = (lambda x: 0.0 <= x < math.inf, "finite and not negative")  # z_loss, and the parameters of losses
+_NONNEGATIVE = (lambda x: 0.0 <= x < math.inf, "a finite number of at least 0")  # z_loss, and the parameters of losses
 
 
 def real(name: str, value: Any) -> float:
     """Return a real-valued option."""
     is_allowed, text = _REAL_OPTIONS.get(name, _NONNEGATIVE)
+    value = value if type(value) is float else unboxed(name, value)
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
-        raise TypeError(f"{name} is a {type_name(value)}: it must be a number, {text}")
+        raise TypeError(f"{name} is {described(value)}: expected {text}")
     try:
         number = float(value)
     except OverflowError:  # a very long integer
         number = math.inf
     if not is_allowed(number):
-        raise ValueError(f"{name}={value} is not allowed: it must be {text}")
+        raise ValueError(f"{name}={number_text(value)} is not allowed: expected {text}")
     return number
 
 
 def flag(name: str, value: Any) -> bool:
     """Return the value of a flag."""
+    value = unboxed(name, value)
     if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name} is a {type_name(value)}: it must be True or False")
+        raise TypeError(f"{name} is {described(value)}: expected True or False")
     return bool(value)
 
 
 def choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
     """Return an option that is one of a few words."""
-    text = f"it must be one of {', '.join(map(repr, allowed))}"
+    text = f"expected {_either([repr(word) for word in allowed])}"
     if not isinstance(value, str):
-        raise TypeError(f"{name} is a {type_name(value)}: {text}")
+        raise TypeError(f"{name} is {described(value)}: {text}")
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is unknown: {text}")
     return str(value)

@@ -17,7 +17,7 @@ def documented_like(source: Callable[..., object]) -> Callable[[F], F]:
     """Complete a function's docstring by what it has in common with that of `source`.
 
     Parameters that the function does not describe, and the sections Returns and Raises if they are missing, are
-    those of `source`.
+    those of `source`. The last paragraph of its Notes, which is on gradients, goes to whatever returns them.
     """
 
     def complete(function: F) -> F:
@@ -34,6 +34,9 @@ def documented_like(source: Callable[..., object]) -> Callable[[F], F]:
         own["Parameters"] = "\n".join(entries)
         for name in ("Returns", "Raises"):
             own.setdefault(name, shared[name])
+        if "return_grad" in wanted:
+            paragraphs = [own["Notes"]] if "Notes" in own else []
+            own["Notes"] = "\n\n".join([*paragraphs, shared["Notes"].rpartition("\n\n")[2]])
         order = ["", "Parameters", "Returns", "Raises", "Notes", "References", "Examples"]
         function.__doc__ = "\n\n".join(
             f"{name}\n{'-' * len(name)}\n{own[name]}" if name else own[name] for name in order if name in own

@@ -15,26 +15,47 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from array_api_compat import array_namespace
 
-from xce._call import Array, Call, LinearCall, LogitStats
+from xce._call import Array, Call, LinearCall, LogitStats, dtype_name
+from xce._check import FLOATS
+from xce._dispatch import namespace
 from xce._elements import ElementCall
 
 # phi -> its value, first and second derivative at u = log p; the last argument is its parameter.
 PHI: dict[str, Callable[[Any, Array, float], tuple[Array, Array, Array]]] = {
     "cross_entropy": lambda xp, u, _: (-u, xp.full_like(u, -1.0), xp.zeros_like(u)),
     "focal_loss": lambda xp, u, gamma: _focal(xp, u, gamma),
-    "poly_loss": lambda xp, u, epsilon: (
-        -u - epsilon * xp.expm1(u),
-        -1.0 - epsilon * xp.exp(u),
-        -epsilon * xp.exp(u),
-    ),
+    "poly_loss": lambda xp, u, epsilon: _poly(xp, u, epsilon),
     "generalized_cross_entropy": lambda xp, u, q: (
-        (-xp.expm1(q * u) / q, -xp.exp(q * u), -q * xp.exp(q * u))
+        (_generalized(xp, u, q), -xp.exp(q * u), -q * xp.exp(q * u))
         if q
         else (-u, xp.full_like(u, -1.0), xp.zeros_like(u))
     ),
 }
+
+
+def _generalized(xp: Any, u: Array, q: float) -> Array:
+    """Return (1 - p^q) / q, which is -u to the last digit where q u is small, and may underflow."""
+    return xp.where(xp.abs(q * u) < 2.0**-54, -u, -xp.expm1(q * u) / q)
+
+
+def _poly(xp: Any, u: Array, epsilon: float) -> tuple[Array, Array, Array]:
+    """With a negative epsilon, grouped so that near p = 1, where -u and 1 - p are equal, nothing cancels."""
+    p, q = xp.exp(u), -xp.expm1(u)
+    if epsilon >= 0:
+        return -u + epsilon * q, -1 - epsilon * p, -epsilon * p
+    value = xp.where(u > -0.5, (1 + epsilon) * -u - epsilon * _log_less_linear(xp, u), -u + epsilon * q)
+    return value, xp.where(p > 0.5, -(1 + epsilon) + epsilon * q, -1 - epsilon * p), -epsilon * p
+
+
+def _log_less_linear(xp: Any, u: Array) -> Array:
+    """Return -u - (1 - exp(u)) of u near 0: the series u^2/2 + u^3/6 + ..."""
+    near = xp.where(u > -0.5, u, 0.0)
+    term, series = near, xp.zeros_like(u)
+    for k in range(2, 20):
+        term = term * near / k
+        series = series + term
+    return series
 
 
 def _focal(xp: Any, u: Array, gamma: float) -> tuple[Array, Array, Array]:
@@ -46,29 +67,32 @@ def _focal(xp: Any, u: Array, gamma: float) -> tuple[Array, Array, Array]:
     return -power * u, power * (gamma * slope - 1), second
 
 
-# divergence -> a class's share of it and two derivatives by u, at u = log p of the student and v = log p of the teacher
-DIVERGENCES: dict[str, Callable[[Any, Array, Array], tuple[Array, Array, Array]]] = {
-    "forward": lambda xp, u, v: (_xlogr(xp, xp.exp(v), v, u), -xp.exp(v), xp.zeros_like(u)),
-    "reverse": lambda xp, u, v: (
-        _xlogr(xp, xp.exp(u), u, v),
-        xp.where(xp.exp(u) == 0, 0.0, xp.exp(u) * (u - v + 1)),
-        xp.where(xp.exp(u) == 0, 0.0, xp.exp(u) * (u - v + 2)),
-    ),
-    "js": lambda xp, u, v: _jensen_shannon(xp, u, v),
+# divergence -> a class's share of it, and the d2 of `_pair_derivatives`: of p of the student, t of the teacher and
+# d = log(p / t)
+DIVERGENCES: dict[str, Callable[..., tuple[Array, Array]]] = {
+    "forward": lambda xp, p, t, d: (_kullback_leibler(xp, t, -d, p), xp.zeros_like(p)),
+    "reverse": lambda xp, p, t, d: (_kullback_leibler(xp, p, d, t), xp.ones_like(p)),
+    "js": lambda xp, p, t, d: (_jensen_shannon(xp, p, t, d), xp.where(p + t == 0, 0.0, t / (p + t))),
 }
 
 
-def _xlogr(xp: Any, x: Array, log_x: Array, log_y: Array) -> Array:
-    """Return x log(x / y), 0 where x is 0."""
-    return xp.where(x == 0, 0.0, x * (log_x - log_y))
+def _kullback_leibler(xp: Any, a: Array, log_ratio: Array, b: Array) -> Array:
+    """Return a log(a / b) + b - a, whose sum is that of a log(a / b), but has no negative terms."""
+    is_close = xp.abs(log_ratio) < 1
+    z = xp.where(is_close, -log_ratio, 0.0)
+    series = xp.ones_like(z)  # exp(z) - 1 - z = z^2 / 2 (1 + z / 3 (1 + z / 4 (...)))
+    for k in range(20, 2, -1):
+        series = 1 + z / k * series
+    return xp.where(is_close, a * z**2 / 2 * series, _times(xp, a, log_ratio) + (b - a))
 
 
-def _jensen_shannon(xp: Any, u: Array, v: Array) -> tuple[Array, Array, Array]:
-    p, t = xp.exp(u), xp.exp(v)
-    mean = xp.logaddexp(u, v) - math.log(2)
-    own = _xlogr(xp, p, u, mean)
-    share = xp.where(p == 0, 0.0, p * t / (p + t))
-    return (own + _xlogr(xp, t, v, mean)) / 2, own / 2, (own + share) / 2
+def _jensen_shannon(xp: Any, p: Array, t: Array, d: Array) -> Array:
+    """Return (p log(p / m) + t log(t / m)) / 2 with m = (p + t) / 2, all terms of whose sum are positive, too."""
+    is_close = xp.abs(d) < 1
+    z = xp.where(is_close, d, 0.0)
+    close = (p + t) / 4 * (z * xp.tanh(z / 2) - 2 * xp.log1p(2 * xp.sinh(z / 4) ** 2))
+    own, other = (math.log(2) - _softplus(xp, side) for side in (-d, d))
+    return xp.where(is_close, close, (_times(xp, p, own) + _times(xp, t, other)) / 2)
 
 
 # element formula -> value, first and second derivative at x; y is the target, w the `pos_weight`
@@ -79,10 +103,11 @@ ELEMENTS: dict[str, Callable[..., tuple[Array, Array, Array]]] = {
         (x - y) / xp.maximum(x * (1 - x), xp.full_like(x, 1e-12)),
         y / xp.maximum(x, xp.full_like(x, 1e-12)) ** 2 + (1 - y) / xp.maximum(1 - x, xp.full_like(x, 1e-12)) ** 2,
     ),
-    "binary_cross_entropy_with_logits": lambda xp, x, y, w, smoothing: _binary(
-        xp, x, y * (1 - smoothing) + smoothing / 2, w
+    # kept is 1 - smoothing, half is smoothing / 2
+    "binary_cross_entropy_with_logits": lambda xp, x, y, w, kept, half: _binary(
+        xp, x, y * kept + half, (1 - y) * kept + half, w
     ),
-    "sigmoid_focal_loss": lambda xp, x, y, w, alpha, gamma: _sigmoid_focal(xp, x, y, alpha, gamma),
+    "sigmoid_focal_loss": lambda xp, x, y, w, *params: _sigmoid_focal(xp, x, y, w, *params),
     "asymmetric_loss": lambda xp, x, y, w, *params: _asymmetric(xp, x, y, *params),
     "soft_margin_loss": lambda xp, x, y, w: (
         _softplus(xp, -y * x),
@@ -90,7 +115,11 @@ ELEMENTS: dict[str, Callable[..., tuple[Array, Array, Array]]] = {
         y**2 * _sigmoid(xp, y * x) * _sigmoid(xp, -y * x),
     ),
     "kl_div": lambda xp, x, y, w: (_times(xp, y, xp.log(y) - x), -y, xp.zeros_like(x)),
-    "kl_div_log_target": lambda xp, x, y, w: (_times(xp, xp.exp(y), y - x), -xp.exp(y), xp.zeros_like(x)),
+    "kl_div_log_target": lambda xp, x, y, w: (
+        xp.where(y - x == 0, 0.0, _times(xp, xp.exp(y), y - x)),
+        -xp.exp(y),
+        xp.zeros_like(x),
+    ),
 }
 
 
@@ -108,40 +137,50 @@ def _sigmoid(xp: Any, x: Array) -> Array:
     return xp.where(x < 0, decay / (1 + decay), 1 / (1 + decay))
 
 
-def _binary(xp: Any, x: Array, y: Array, w: Array) -> tuple[Array, Array, Array]:
+def _binary(xp: Any, x: Array, y: Array, not_y: Array, w: Array) -> tuple[Array, Array, Array]:
     p, q = _sigmoid(xp, x), _sigmoid(xp, -x)
-    value = _times(xp, w * y, _softplus(xp, -x)) + _times(xp, 1 - y, _softplus(xp, x))
-    return value, (1 - y) * p - w * y * q, (w * y + 1 - y) * p * q
+    value = _times(xp, w * y, _softplus(xp, -x)) + _times(xp, not_y, _softplus(xp, x))
+    value = xp.where(xp.isnan(x), x, value)
+    return value, not_y * p - w * y * q, (w * y + not_y) * p * q
 
 
-def _sigmoid_focal(xp: Any, x: Array, y: Array, alpha: float, gamma: float) -> tuple[Array, Array, Array]:
+def _sigmoid_focal(
+    xp: Any, x: Array, y: Array, w: Array, gamma: float, alpha: float, balances: float
+) -> tuple[Array, Array, Array]:
+    """An alpha below 0 is w."""
     p, q = _sigmoid(xp, x), _sigmoid(xp, -x)
-    value, first, second = _binary(xp, x, y, xp.ones_like(x))
-    scale = xp.ones_like(x) if alpha < 0 else alpha * y + (1 - alpha) * (1 - y)
+    value, first, second = _binary(xp, x, y, 1 - y, xp.ones_like(x))
+    share, rest = (w, 1 - w) if alpha < 0 else (alpha, 1 - alpha)
+    scale = share * y + rest * (1 - y) if balances else xp.ones_like(x)
     wrong = y * q + (1 - y) * p  # 1 - p_t
-    power = scale * wrong**gamma
+    power = xp.where(xp.isnan(x), x, scale * wrong**gamma)
     slope = xp.where(wrong == 0, 1 - 2 * y, (1 - 2 * y) * p * q / wrong)  # of log(wrong)
     curvature = (gamma - 1) * slope**2 + slope * (q - p)
     return (
-        _times(xp, power, value),
+        _times(xp, xp.where(value == math.inf, scale, power), value),  # where the power underflows, too
         power * (first + gamma * _times(xp, slope, value)),
         power * (second + 2 * gamma * first * slope + gamma * _times(xp, curvature, value)),
     )
 
 
 def _asymmetric(
-    xp: Any, x: Array, y: Array, gamma_pos: float, gamma_neg: float, clip: float
+    xp: Any, x: Array, y: Array, gamma_pos: float, gamma_neg: float, clip: float, root: float, root_low: float
 ) -> tuple[Array, Array, Array]:
+    """The root in two parts is where sigma is `clip`; sigma(x) - sigma(root) is formed without cancelling."""
     p, q = _sigmoid(xp, x), _sigmoid(xp, -x)
-    shifted = xp.maximum(p - clip, xp.zeros_like(x))
-    moves = xp.astype(p > clip, x.dtype)
-    rest = q if clip == 0 else 1 - shifted
-    log_rest = -_softplus(xp, x) if clip == 0 else xp.log1p(-shifted)
+    shifted, rest, moves = p, q, xp.ones_like(x)
+    if clip:
+        high = float(xp.asarray(root, dtype=x.dtype))
+        gap = (high - x) + ((root - high) + root_low)
+        moves = xp.where(gap < 0, 1.0, 0 * p)  # NaN stays NaN
+        shifted = xp.where(gap < 0, p * (1 - clip) * -xp.expm1(gap), 0 * p)
+        rest = xp.where(gap < 0, q + clip, 1.0 + 0 * p)
+    log_rest = xp.where(shifted < 0.5, xp.log1p(-shifted), xp.log(rest)) if clip else -_softplus(xp, x)
     s1, s2 = p * q * moves, p * q * (q - p) * moves  # derivatives of `shifted`
-    ratio = p if clip == 0 else s1 / rest
+    ratio = s1 / rest if clip else p
     value = -_times(xp, y, -_softplus(xp, -x)) - _times(xp, 1 - y, log_rest)
     first = -y * q + (1 - y) * ratio
-    second = y * p * q + (1 - y) * (p * q if clip == 0 else ratio * (q - p) + ratio**2)
+    second = y * p * q + (1 - y) * (ratio * (q - p * clip / rest) if clip else p * q)
     wrong = y * q + (1 - y) * shifted
     gamma = gamma_pos * y + gamma_neg * (1 - y)
     power = xp.where(gamma == 0, 1.0, wrong**gamma)
@@ -149,7 +188,7 @@ def _asymmetric(
     bend = xp.where(wrong == 0, 0.0, (-y * p * q * (q - p) + (1 - y) * s2) / wrong)
     curvature = gamma * ((gamma - 1) * slope**2 + bend)
     return (
-        _times(xp, power, value),
+        _times(xp, xp.where(value == math.inf, 1.0, power), value),
         power * (first + _times(xp, gamma * slope, value)),
         power * (second + 2 * gamma * first * slope + _times(xp, curvature, value)),
     )
@@ -158,7 +197,24 @@ def _asymmetric(
 def run(call: Call | ElementCall) -> Any:
     """Compute `call`; buffers are left to the caller of this function."""
     with np.errstate(all="ignore"):  # infinities and NaN are answers here
-        return _OPERATIONS[call.op](call)
+        return _OPERATIONS[call.op](call if isinstance(call, ElementCall) else _with_integer_labels(call))
+
+
+def _with_integer_labels(call: Call) -> Call:
+    """Return `call` with labels that are floats as integers; those that are not whole become no class."""
+    y = call.target
+    if y is None or y.ndim == call.logits.ndim:
+        return call
+    xp = namespace(y)
+    if dtype_name(y.dtype) not in FLOATS:
+        return call
+    n_classes = call.logits.shape[call.axis]
+    y = xp.astype(y, xp.float64)  # narrower types would round the numbers that they are compared with
+    is_label = (y >= 0) & (y < n_classes) & (y == xp.floor(y))
+    if float(call.ignore_index) == call.ignore_index:
+        is_label = is_label | (y == float(call.ignore_index))
+    nothing = n_classes if call.ignore_index != n_classes else n_classes + 1
+    return call._replace(target=xp.astype(xp.where(is_label, y, float(nothing)), xp.int64))
 
 
 def run_linear(call: LinearCall) -> tuple[Array, tuple[Array | None, ...]]:
@@ -175,19 +231,38 @@ class _Rows(NamedTuple):
     q: Array  # 1 - p
     is_top: Array  # the first maximum of each row
     lse: Array  # one per row
+    distance: Array  # of the logits from the greatest one, transformed
+    z: Array  # the sum of exp of these
 
 
-def _softmax_rows(xp: Any, x: Array) -> _Rows:
+def _softmax_rows(xp: Any, x: Array, call: Call | None = None) -> _Rows:
+    """Return the softmax of logits, which `call` may want transformed."""
     maximum = xp.max(x, axis=-1, keepdims=True)
     usable = xp.isfinite(maximum)
-    shifted = x - xp.where(usable, maximum, math.nan)
+    shifted = x - maximum if call is None else _distance(xp, call, x, maximum)
+    shifted = xp.where(usable, shifted, math.nan)
     is_first_maximum = xp.arange(x.shape[-1]) == xp.argmax(x, axis=-1, keepdims=True)
     rest = xp.sum(xp.where(is_first_maximum, 0.0, xp.exp(shifted)), axis=-1, keepdims=True)
     u = shifted - xp.log1p(rest)
     p = xp.exp(u)
     q = xp.where(is_first_maximum, rest / (1 + rest), 1 - p)
-    lse = xp.where(usable, maximum + xp.log1p(rest), maximum)
-    return _Rows(u, p, q, is_first_maximum, lse[..., 0])
+    greatest = maximum if call is None else _transform(xp, call, maximum)[0]
+    lse = xp.where(usable, greatest + xp.log1p(rest), maximum)
+    return _Rows(u, p, q, is_first_maximum, lse[..., 0], shifted, 1 + rest)
+
+
+def _distance(xp: Any, call: Call, x: Array, maximum: Array) -> Array:
+    """Return f(x) - f(maximum) of what `_transform` makes of them, the difference first."""
+    if call.softcap is None:
+        return 2 * ((x / 2 - maximum / 2) / call.temperature)  # the difference alone may be beyond the type
+    a, b = x / call.softcap, maximum / call.softcap
+    w = (x / 2 - maximum / 2) / call.softcap  # (a - b) / 2
+    # tanh(a) - tanh(b) = sinh(a - b) / (cosh(a) cosh(b)), without what overflows
+    same_sign = (a > 0) == (b > 0)
+    nearest = xp.where(same_sign, xp.minimum(xp.abs(a), xp.abs(b)), 0.0)
+    ends = (1 + xp.exp(-2 * xp.abs(a))) * (1 + xp.exp(-2 * xp.abs(b)))
+    capped = call.softcap * (2 * xp.expm1(4 * w) * xp.exp(-2 * nearest) / ends) / call.temperature
+    return xp.where(xp.isinf(x), x, capped)  # infinities stay
 
 
 def _logits(xp: Any, call: Call) -> Array:
@@ -197,16 +272,16 @@ def _logits(xp: Any, call: Call) -> Array:
 
 
 def _transform(xp: Any, call: Call, x: Array) -> tuple[Array, Array, Array]:
-    """Return softcap and temperature applied to x, with the first and second derivative."""
+    """Return softcap and temperature applied to x, with the first derivative, and the second over that."""
     if call.softcap is None:
-        return x / call.temperature, xp.full_like(x, 1 / call.temperature), xp.zeros_like(x)
+        return x / call.temperature, xp.ones_like(x) / call.temperature, xp.zeros_like(x)
     z = x / call.softcap
     decay = xp.exp(-2 * xp.abs(z))
     sech2 = 4 * decay / (1 + decay) ** 2  # 1 - tanh(z)^2 without its cancellation
     value = xp.where(x == -math.inf, x, call.softcap * xp.tanh(z))  # -inf is padding and stays -inf
     value = xp.where(x == math.inf, x, value)
     slope = sech2 / call.temperature
-    return value / call.temperature, slope, -2 * xp.tanh(z) * slope / call.softcap
+    return value / call.temperature, slope, -2 * xp.tanh(z) / call.softcap
 
 
 class _Target(NamedTuple):
@@ -214,7 +289,7 @@ class _Target(NamedTuple):
 
     a: Array
     share: Array
-    ignored: Array  # bool, one per row
+    removed: Array  # bool, one per row: it counts nowhere, whatever it holds
     invalid: Array  # bool, one per row: a bad label that nobody checked
 
 
@@ -225,18 +300,31 @@ def _coefficients(xp: Any, call: Call, x: Array, kept: Array) -> _Target:
     s = one if call.sample_weight is None else xp.astype(call.sample_weight, x.dtype)
     w = xp.ones(n_classes, dtype=x.dtype) if call.weight is None else xp.astype(call.weight, x.dtype)
     uniform = xp.astype(kept, x.dtype) / xp.sum(xp.astype(kept, x.dtype), axis=-1, keepdims=True)
+    removed = _removed(xp, call)
     if call.target.ndim == call.logits.ndim:  # probabilities
         q = xp.astype(xp.moveaxis(call.target, call.axis, -1), x.dtype)
         a = w * ((1 - eps) * q + (eps * uniform if eps else 0.0))
-        nowhere = xp.zeros(rows, dtype=xp.bool)
-        return _Target(s[..., None] * a, s, nowhere, nowhere)
-    onehot = _onehot(xp, call.target, n_classes)
-    ignored = _equal(xp, call.target, call.ignore_index)
-    own_weight = xp.sum(onehot * w, axis=-1)
-    a = (1 - eps) * own_weight[..., None] * onehot + (eps * uniform * w if eps else 0.0)
-    share = xp.where(ignored, 0.0, s * (one if call.weight is None else own_weight))
-    a = xp.where(ignored[..., None], 0.0, s[..., None] * a)
-    return _Target(a, share, ignored, ~ignored & ~xp.any(onehot > 0, axis=-1))
+        share, invalid = s, xp.zeros(rows, dtype=xp.bool)
+    else:
+        onehot = _onehot(xp, call.target, n_classes)
+        own_weight = xp.sum(onehot * w, axis=-1)
+        a = (1 - eps) * own_weight[..., None] * onehot + (eps * uniform * w if eps else 0.0)
+        share, invalid = s * (one if call.weight is None else own_weight), ~xp.any(onehot > 0, axis=-1)
+    a = xp.where(removed[..., None], 0.0, s[..., None] * a)
+    return _Target(a, xp.where(removed, 0.0, share), removed, ~removed & invalid)
+
+
+def _removed(xp: Any, call: Call) -> Array:
+    """Return which rows count nowhere: of weight 0, without a class left, or with the label to ignore."""
+    rows = call.logits.shape[: call.axis] + call.logits.shape[call.axis + 1 :]
+    removed = xp.zeros(rows, dtype=xp.bool)
+    if call.sample_weight is not None:
+        removed = removed | (call.sample_weight == 0)
+    if call.where is not None:
+        removed = removed | ~xp.any(call.where, axis=call.axis)
+    if call.op != "distillation" and call.target.ndim < call.logits.ndim:
+        removed = removed | _equal(xp, call.target, call.ignore_index)
+    return removed
 
 
 def _onehot(xp: Any, labels: Array, n_classes: int) -> Array:
@@ -251,15 +339,15 @@ def _equal(xp: Any, labels: Array, value: int) -> Array:
 
 
 def _loss(call: Call) -> tuple[Array, Array | None, Array | None]:
-    xp = array_namespace(call.logits)
+    xp = namespace(call.logits)
     x = _logits(xp, call)
     kept = xp.ones(x.shape, dtype=xp.bool) if call.where is None else xp.moveaxis(call.where, call.axis, -1)
     target = _coefficients(xp, call, x, kept)
     x = xp.where(kept, x, -math.inf)
-    x = xp.where(target.ignored[..., None], 0.0, x)
+    x = xp.where(target.removed[..., None], 0.0, x)
     x = xp.where(target.invalid[..., None], math.nan, x)
-    x, slope, curvature = _transform(xp, call, x)
-    rows = _softmax_rows(xp, x)
+    _, slope, bend = _transform(xp, call, x)
+    rows = _softmax_rows(xp, x, call)
     p, q, lse = rows.p, rows.q, rows.lse
 
     # A term with a = 0 is 0 whatever phi is: weight 0 and probability 0 silence even an infinity.
@@ -267,39 +355,44 @@ def _loss(call: Call) -> tuple[Array, Array | None, Array | None]:
     loss, grad, hess = _row_derivatives(xp, rows, *terms)
     if call.z_loss:
         s = call.z_loss if call.sample_weight is None else call.z_loss * xp.astype(call.sample_weight, x.dtype)
-        loss = loss + s * lse**2
-        s, lse = (s * xp.ones_like(lse))[..., None], lse[..., None]
-        grad = grad + s * 2 * lse * p
-        hess = hess + s * 2 * (p**2 + lse * p * q)
-    grad, hess = grad * slope, hess * slope**2 + grad * curvature
+        loss = loss + s * lse * lse
+        s, lse = (2 * s * xp.ones_like(lse))[..., None], lse[..., None]
+        # lse last: it may be infinite, and where p is 0 nothing moves
+        grad = grad + _times(xp, s * p, lse)
+        hess = hess + s * p**2 + _times(xp, s * p * q, lse)
+    hess = (hess * slope if call.softcap is None else hess * slope + grad * bend) * slope
+    grad = grad * slope
 
     nan_row = xp.isnan(rows.u[..., 0])
-    loss = xp.where(target.ignored, 0.0, xp.where(nan_row, math.nan, loss))
-    silent = target.ignored[..., None] | ~kept
-    grad, hess = xp.where(silent, 0.0, grad), xp.where(silent, 0.0, hess)
-    return _reduced(xp, call, loss, grad, hess, target.share)
+    loss = xp.where(target.removed, 0.0, xp.where(nan_row, math.nan, loss))
+    return _reduced(xp, call, loss, grad, hess, target.share, target.removed[..., None] | ~kept)
 
 
 def _row_derivatives(xp: Any, rows: _Rows, value: Array, first: Array, second: Array) -> tuple[Array, Array, Array]:
     """Return loss, gradient and Hessian diagonal of a sum over classes, of terms with derivatives by u."""
     p, q = rows.p, rows.q
     grad = first * q - _sum_of_others(xp, first, rows.is_top) * p
-    hess = second * q**2 + _sum_of_others(xp, second, rows.is_top) * p**2
+    hess = second * q * q + _sum_of_others(xp, second, rows.is_top) * p**2
     hess = hess - xp.sum(first, axis=-1, keepdims=True) * p * q
     return xp.sum(value, axis=-1), grad, hess
 
 
 def _reduced(
-    xp: Any, call: Call, loss: Array, grad: Array, hess: Array, share: Array
+    xp: Any, call: Call, loss: Array, grad: Array, hess: Array, share: Array, silent: Array
 ) -> tuple[Array, Array | None, Array | None]:
-    """Return what the call asks for, from rows with the classes last and their shares of the denominator."""
+    """Return what the call asks for, from rows with the classes last and their shares of the denominator.
+
+    Derivatives are 0 where they are `silent`.
+    """
     if call.reduction != "none":
         loss = xp.sum(loss)
     if call.reduction == "mean":
         denominator = xp.sum(share)
         loss = xp.where(denominator == 0, math.nan, loss / denominator)
-        grad = xp.where(denominator == 0, 0.0, grad / denominator)
-        hess = xp.where(denominator == 0, 0.0, hess / denominator)
+        undefined = math.nan if bool(xp.any(share != 0)) else 0.0  # weights that cancel, or there are none
+        grad = xp.where(denominator == 0, undefined, grad / denominator)
+        hess = xp.where(denominator == 0, undefined, hess / denominator)
+    grad, hess = xp.where(silent, 0.0, grad), xp.where(silent, 0.0, hess)
     return (
         loss,
         _like_logits(xp, call, grad) if call.return_grad else None,
@@ -308,44 +401,106 @@ def _reduced(
 
 
 def _nll(call: Call) -> tuple[Array, Array | None, Array | None]:
-    xp = array_namespace(call.logits)
+    xp = namespace(call.logits)
     u = _logits(xp, call)
     target = _coefficients(xp, call, u, xp.ones(u.shape, dtype=xp.bool))
     loss = xp.where(target.invalid, math.nan, xp.sum(_times(xp, target.a, -u), axis=-1))
     grad, hess = (xp.where(target.invalid[..., None], math.nan, d) for d in (-target.a, xp.zeros_like(u)))
-    return _reduced(xp, call, loss, grad, hess, target.share)
+    return _reduced(xp, call, loss, grad, hess, target.share, target.removed[..., None])
 
 
 def _distillation(call: Call) -> tuple[Array, Array | None, Array | None]:
-    xp = array_namespace(call.logits)
+    xp = namespace(call.logits)
     student = _logits(xp, call)
+    dtype = student.dtype
+    if call.target.dtype == xp.float64:
+        student = xp.astype(student, xp.float64)
+    kept = xp.ones(student.shape, dtype=xp.bool) if call.where is None else xp.moveaxis(call.where, call.axis, -1)
     teacher = xp.astype(xp.moveaxis(call.target, call.axis, -1), student.dtype)
     if call.teacher_indices is not None:  # -inf for the classes that the teacher does not have
         indices = xp.moveaxis(call.teacher_indices, call.axis, -1)
         known = _onehot(xp, indices, student.shape[-1]) > 0
         teacher = xp.max(xp.where(known, teacher[..., None], -math.inf), axis=-2)
-    rows = _softmax_rows(xp, student / call.temperature)
-    v = _softmax_rows(xp, teacher / call.temperature).u
-    loss, grad, hess = _row_derivatives(xp, rows, *DIVERGENCES[call.phi](xp, rows.u, v))
-    sick = xp.isnan(rows.u[..., 0]) | xp.isnan(v[..., 0])
+    student, teacher = xp.where(kept, student, -math.inf), xp.where(kept, teacher, -math.inf)
+    rows, of_teacher = _softmax_rows(xp, student, call), _softmax_rows(xp, teacher, call)
+    zero = xp.zeros_like(student)
+    above, above_of_teacher = (
+        _difference(xp, x / 2, zero, xp.max(x, axis=-1, keepdims=True) / 2, zero) for x in (student, teacher)
+    )
+    high, low = _difference(xp, *above, *above_of_teacher)
+    loss, grad, hess = _pair_derivatives(xp, call, rows, of_teacher, high, low)
+    sick = xp.isnan(rows.u[..., 0]) | xp.isnan(of_teacher.u[..., 0])
     loss = xp.where(sick, math.nan, loss)
-    grad, hess = (xp.where(sick[..., None], math.nan, d) for d in (grad, hess))
+    grad, hess = (xp.where(kept, xp.where(sick[..., None], math.nan, d), 0.0) for d in (grad, hess))
     s = xp.ones_like(loss) if call.sample_weight is None else xp.astype(call.sample_weight, loss.dtype)
-    loss = xp.where(sick, math.nan, _times(xp, s, loss))
-    grad, hess = s[..., None] * grad / call.temperature, s[..., None] * hess / call.temperature**2
-    return _reduced(xp, call, loss, grad, hess, s)
+    removed = _removed(xp, call)
+    loss = xp.where(removed, 0.0, xp.where(sick, math.nan, _times(xp, s, loss)))
+    grad, hess = s[..., None] * grad / call.temperature, s[..., None] * hess / call.temperature / call.temperature
+    loss, *derivatives = _reduced(xp, call, loss, grad, hess, xp.where(removed, 0.0, s), removed[..., None])
+    return xp.astype(loss, dtype), *derivatives
+
+
+def _difference(xp: Any, a: Array, a_low: Array, b: Array, b_low: Array) -> tuple[Array, Array]:
+    """Return a - b of numbers in two parts, in two parts: the second is what the first rounds away (Knuth)."""
+    high = a - b
+    c = high - a
+    low = (a - (high - c)) - (b + c) + (a_low - b_low)
+    return high, xp.where(xp.isfinite(low), low, 0.0)
+
+
+def _pair_derivatives(
+    xp: Any, call: Call, rows: _Rows, of_teacher: _Rows, high: Array, low: Array
+) -> tuple[Array, Array, Array]:
+    """Return the divergence of each row, gradient and Hessian diagonal, from differences of logits, not of p and t.
+
+    Half of these comes in two parts: they may be beyond the type themselves, and their differences keep their digits.
+
+    With a class's d1 = log(p / t) (reverse) or log(2 p / (p + t)) (js), and d2 its derivative by log p, they are
+    ``p e`` and ``p ((1 - 2 p) (e + d2) + p sum(p d2))`` with ``e = d1 - sum(p d1)``, whatever is added to all d1.
+    """
+    p, q, t = rows.p, rows.q, of_teacher.p
+    x, y = rows.distance, of_teacher.distance
+    nowhere = xp.isinf(x) & xp.isinf(y)
+    gap = xp.where(nowhere, 0.0, 2 * ((high + low) / call.temperature))
+    excess = xp.where(gap > 0, -xp.exp(x) * xp.expm1(-gap), xp.exp(y) * xp.expm1(gap))
+    ratio = xp.sum(excess, axis=-1, keepdims=True) / of_teacher.z
+    apart = xp.where(xp.abs(ratio) < 0.5, xp.log1p(ratio), xp.log(rows.z / of_teacher.z))
+    d = gap - apart
+    values, second = DIVERGENCES[call.phi](xp, p, t, d)
+    loss = xp.sum(values, axis=-1)
+    if call.phi == "forward":
+        return loss, xp.where(d > 0, -p * xp.expm1(-d), t * xp.expm1(d)), p * q
+    top = xp.argmax(xp.astype(rows.is_top, xp.int8), axis=-1, keepdims=True)
+    gap_top, high_top, low_top = (xp.take_along_axis(a, top, axis=-1) for a in (gap, high, low))
+    # less that of the top class, so that nothing common to all classes is rounded
+    first = xp.where(nowhere, 0.0, 2 * (((high - high_top) + (low - low_top)) / call.temperature))
+    if call.phi == "js":
+        d_top, share_top = gap_top - apart, xp.take_along_axis(second, top, axis=-1)
+        close = -xp.log1p(share_top * xp.expm1(xp.where(xp.abs(first) < 1, -first, 0.0)))
+        first = xp.where(xp.abs(first) < 1, close, _softplus(xp, -d_top) - _softplus(xp, -d))
+    e = first - xp.sum(_times(xp, p, first), axis=-1, keepdims=True)
+    if call.phi == "reverse":  # infinite where the teacher has nothing, and its neighbours with it
+        e = xp.where(xp.isinf(loss)[..., None], xp.where(t == 0, xp.full_like(t, math.inf), -math.inf), e)
+    scale = 0.5 if call.phi == "js" else 1.0
+    # p is near 1 for one class at most: its own share of the sum of p d2 is taken together with (1 - 2 p) d2
+    others = _sum_of_others(xp, p * second, rows.is_top)
+    hess = _times(xp, q - p, e) + q**2 * second + p * others
+    return loss, scale * _times(xp, p, e), scale * _times(xp, p, hess)
 
 
 def _element(call: ElementCall) -> tuple[Array, Array | None, Array | None]:
-    xp = array_namespace(call.logits)
-    x = call.logits
-    x = x if x.dtype in (xp.float32, xp.float64) else xp.astype(x, xp.float32)
-    y = xp.astype(call.target, x.dtype)
+    xp = namespace(call.logits)
+    scalar = xp.float64 if dtype_name(call.logits.dtype) == "float64" else xp.float32
+    operands = call.logits, call.target, call.pos_weight, call.weight, call.sample_weight
+    is_wide = any(a is not None and dtype_name(a.dtype) == "float64" for a in operands)
+    dtype = xp.float64 if is_wide else xp.float32  # no operand is rounded
+    x, y = xp.astype(call.logits, dtype), xp.astype(call.target, dtype)
     w, weight, s = (
-        xp.ones_like(x) if factor is None else xp.astype(factor, x.dtype)
+        xp.ones_like(x) if factor is None else xp.astype(factor, dtype)
         for factor in (call.pos_weight, call.weight, call.sample_weight)
     )
-    loss, grad, hess = (_times(xp, weight * s, f) for f in ELEMENTS[call.formula](xp, x, y, w, *call.params))
+    jet = ELEMENTS[call.formula](xp, x, y, w, *call.params)
+    removed = (weight == 0) | (s == 0)
     per_row = 1 if call.axis is None else x.shape[call.axis]
     denominator: Any = per_row
     if call.reduction == "mean":
@@ -353,14 +508,18 @@ def _element(call: ElementCall) -> tuple[Array, Array | None, Array | None]:
     elif call.reduction == "batchmean":
         per_batch = math.prod(x.shape[1:])
         denominator = xp.sum(s) / per_batch if per_batch else x.shape[0]
-    if call.reduction == "none":
-        loss = loss if call.axis is None else xp.sum(loss, axis=call.axis) / per_row
-    else:
-        loss = xp.where(xp.asarray(denominator == 0), math.nan, xp.sum(loss) / denominator)
-    zero = xp.asarray(denominator == 0)
-    grad, hess = (xp.where(zero, 0.0, f / denominator) for f in (grad, hess))
+    share = xp.where(xp.asarray(denominator == 0), math.nan, 1 / xp.asarray(denominator, dtype=dtype))
+    factor = weight * s  # times the share first: before, a sum may be beyond the type whose mean is not
+    share_of_loss = 1 / per_row if call.reduction == "none" else share
+    loss, grad, hess = (
+        xp.where(removed, 0.0, factor * by * f) for by, f in zip((share_of_loss, share, share), jet, strict=True)
+    )
+    if call.reduction != "none":
+        loss = xp.where(xp.isnan(share), math.nan, xp.sum(loss))
+    elif call.axis is not None:
+        loss = xp.sum(loss, axis=call.axis)
     return (
-        loss,
+        xp.astype(loss, scalar),
         xp.astype(grad, call.logits.dtype) if call.return_grad else None,
         xp.astype(hess, call.logits.dtype) if call.return_hess else None,
     )
@@ -377,21 +536,19 @@ def _like_logits(xp: Any, call: Call, x: Array) -> Array:
 
 
 def _linear(call: LinearCall) -> tuple[Array, tuple[Array | None, ...]]:
-    xp, loss = array_namespace(call.inputs), call.loss
+    xp, loss = namespace(call.inputs), _with_integer_labels(call.loss)
     dtype = xp.float64 if call.inputs.dtype == xp.float64 else xp.float32
     x, weight = xp.astype(call.inputs, dtype), xp.astype(call.weight, dtype)
-    ignored = xp.zeros(x.shape[:-1], dtype=xp.bool)
-    if loss.target.ndim < loss.logits.ndim:
-        ignored = _equal(xp, loss.target, loss.ignore_index)
-    x = xp.where(ignored[..., None], 0.0, x)  # not read: it may hold NaN
+    removed = _removed(xp, loss)
+    x = xp.where(removed[..., None], 0.0, x)  # it may hold NaN
     logits = xp.matmul(x, weight.T)
     if call.bias is not None:
         logits = logits + xp.astype(call.bias, dtype)
     value, g, _ = _loss(loss._replace(logits=logits))
     if g is None:
         return value, (None, None, None)
-    d_inputs = xp.where(ignored[..., None], 0.0, xp.matmul(g, weight))
-    n_rows = math.prod(ignored.shape)
+    d_inputs = xp.where(removed[..., None], 0.0, xp.matmul(g, weight))
+    n_rows = math.prod(removed.shape)
     g, x = xp.reshape(g, (n_rows, g.shape[-1])), xp.reshape(x, (n_rows, x.shape[-1]))
     grads = (d_inputs, xp.matmul(g.T, x), None if call.bias is None else xp.sum(g, axis=0))
     dtypes = (call.inputs.dtype if out is None else out.dtype for out in call.grad_out)
@@ -400,23 +557,33 @@ def _linear(call: LinearCall) -> tuple[Array, tuple[Array | None, ...]]:
     )
 
 
+def _remaining(xp: Any, call: Call, x: Array) -> tuple[Array, Array]:
+    """Return logits of which removed classes are -inf, and which classes are left."""
+    if call.where is None:
+        return x, xp.ones(x.shape, dtype=xp.bool)
+    kept = xp.moveaxis(call.where, call.axis, -1)
+    return xp.where(kept, x, -math.inf), kept
+
+
 def _softmax(call: Call) -> Array:
-    xp = array_namespace(call.logits)
-    return _like_logits(xp, call, _softmax_rows(xp, _logits(xp, call) / call.temperature).p)
+    xp = namespace(call.logits)
+    x, kept = _remaining(xp, call, _logits(xp, call))
+    return _like_logits(xp, call, xp.where(kept, _softmax_rows(xp, x, call).p, 0.0))
 
 
 def _log_softmax(call: Call) -> Array:
-    xp = array_namespace(call.logits)
-    return _like_logits(xp, call, _softmax_rows(xp, _logits(xp, call) / call.temperature).u)
+    xp = namespace(call.logits)
+    x, kept = _remaining(xp, call, _logits(xp, call))
+    return _like_logits(xp, call, xp.where(kept, _softmax_rows(xp, x, call).u, -math.inf))
 
 
 def _logsumexp(call: Call) -> Array:
-    xp = array_namespace(call.logits)
-    return _softmax_rows(xp, _logits(xp, call)).lse
+    xp = namespace(call.logits)
+    return _softmax_rows(xp, _remaining(xp, call, _logits(xp, call))[0]).lse
 
 
 def _stats(call: Call) -> LogitStats:
-    xp = array_namespace(call.logits)
+    xp = namespace(call.logits)
     x = _logits(xp, call)
     rows = _softmax_rows(xp, x)
     is_target = _onehot(xp, call.target, x.shape[-1]) > 0

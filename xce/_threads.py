@@ -7,6 +7,7 @@ import functools
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
 from importlib import metadata
@@ -21,16 +22,55 @@ from xce._cpu import runtime
 LOGITS_PER_THREAD = 32768
 SERIAL_BELOW = 2 * LOGITS_PER_THREAD
 
-_cap: int | None = None
+
+def _cap_of_environment() -> tuple[int | None, str]:
+    """What ``XCE_NUM_THREADS`` asks for, and what is wrong with it."""
+    text = os.environ.get("XCE_NUM_THREADS", "")
+    if not text:
+        return None, ""
+    try:
+        return thread_count("XCE_NUM_THREADS", int(text)), ""
+    except ValueError:
+        return None, f"XCE_NUM_THREADS={text!r} is not allowed: expected an integer of at least 1"
+
+
+_cap, _refusal = _cap_of_environment()
 _context_cap: ContextVar[int | None] = ContextVar("xce.num_threads", default=None)
+_is_serial_untold = runtime.openmp_version() == 0  # one thread for every call, and nobody has been told yet
 
 
 def team(asked: int | None, n_logits: int) -> int:
     """The threads for one call: the least of everything that limits them."""
     if n_logits < SERIAL_BELOW:
         return 1
+    if _is_serial_untold:
+        _tell_of_one_thread(asked, n_logits)
     limit = min(n_logits // LOGITS_PER_THREAD, get_num_threads())
     return limit if asked is None else min(asked, limit)
+
+
+def _tell_of_one_thread(asked: int | None, n_logits: int) -> None:
+    """Warn, once in a process, where a call would have got several threads if xce had been built with OpenMP."""
+    global _is_serial_untold
+    possible = _capped(min(n_logits // LOGITS_PER_THREAD, hardware_limit()))
+    if (possible if asked is None else min(asked, possible)) == 1:
+        return
+    _is_serial_untold = False
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "xce":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(
+        f"xce computes on one thread of the {hardware_limit()} that this process may use: it was built without OpenMP. "
+        "Build it again with GCC, or with Clang and its libomp; or say xce.set_num_threads(1) if one thread will do",
+        RuntimeWarning,
+        stacklevel=level,
+    )
+
+
+def check_environment() -> None:
+    """Refuse a wrong ``XCE_NUM_THREADS``: not while xce is imported, so that a command can say it in one line."""
+    if _refusal:
+        raise ImportError(_refusal)
 
 
 def get_num_threads() -> int:
@@ -51,7 +91,11 @@ def get_num_threads() -> int:
     ...     xce.get_num_threads()
     1
     """
-    limit: int = min(runtime.max_threads(), hardware_limit())
+    check_environment()
+    return _capped(min(runtime.max_threads(), hardware_limit()))
+
+
+def _capped(limit: int) -> int:
     for cap in (_cap, _context_cap.get()):
         if cap is not None and cap < limit:
             limit = cap
@@ -64,7 +108,8 @@ def set_num_threads(n: int | None) -> None:
     Parameters
     ----------
     n : int or None
-        The cap, at least 1; None removes it. It starts as the environment variable ``XCE_NUM_THREADS``.
+        The cap, at least 1; None removes it. It starts as the environment variable ``XCE_NUM_THREADS``, which the first
+        call refuses with an ImportError if it is no such integer.
 
     Raises
     ------
@@ -79,8 +124,8 @@ def set_num_threads(n: int | None) -> None:
     1
     >>> xce.set_num_threads(None)
     """
-    global _cap
-    _cap = thread_count("n", n)
+    global _cap, _refusal
+    _cap, _refusal = thread_count("n", n), ""
 
 
 @contextlib.contextmanager
@@ -128,7 +173,7 @@ def _group_quota(root: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def show_config(mode: Literal["stdout", "dicts"] = "stdout") -> dict[str, Any] | None:
-    """Show what the package runs on: versions, instruction set, threads, OpenMP, GPU.
+    """Show what the package runs on: versions, instruction set, threads, OpenMP, GPU, and what is missing for speed.
 
     Parameters
     ----------
@@ -138,7 +183,8 @@ def show_config(mode: Literal["stdout", "dicts"] = "stdout") -> dict[str, Any] |
     Returns
     -------
     dict or None
-        With "dicts": nested dictionaries of strings, numbers and lists.
+        With "dicts": nested dictionaries of strings, numbers and lists. "missing" lists what this build lacks and this
+        machine could use.
 
     Raises
     ------
@@ -149,10 +195,10 @@ def show_config(mode: Literal["stdout", "dicts"] = "stdout") -> dict[str, Any] |
     --------
     >>> import xce
     >>> sorted(xce.show_config(mode="dicts"))
-    ['cpu', 'gpu', 'numpy', 'openmp', 'python', 'threads', 'xce']
+    ['cpu', 'gpu', 'missing', 'numpy', 'openmp', 'python', 'threads', 'xce']
     """
     if mode not in ("stdout", "dicts"):
-        raise ValueError(f"mode={mode!r} is unknown: it must be one of 'stdout', 'dicts'")
+        raise ValueError(f"mode={mode!r} is unknown: expected 'stdout' or 'dicts'")
     cupy = next((d for d in metadata.distributions() if (d.name or "").startswith("cupy")), None)
     config: dict[str, Any] = {
         "xce": metadata.version("xce"),
@@ -167,18 +213,24 @@ def show_config(mode: Literal["stdout", "dicts"] = "stdout") -> dict[str, Any] |
         },
         "openmp": runtime.openmp_version() or None,
         "gpu": None if cupy is None else f"{cupy.name} {cupy.version}",
+        "missing": _missing(),
     }
     if mode == "dicts":
         return config
     for key, value in config.items():
-        print(f"{key:8}", ", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value)
+        if isinstance(value, dict):
+            value = ", ".join(f"{k}={v}" for k, v in value.items())
+        for line in value or ["none"] if isinstance(value, list) else [value]:
+            print(f"{key:8}", line)
     return None
 
 
-if os.environ.get("XCE_NUM_THREADS"):
-    try:
-        _cap = thread_count("XCE_NUM_THREADS", int(os.environ["XCE_NUM_THREADS"]))
-    except ValueError as error:
-        raise ValueError(
-            f"XCE_NUM_THREADS={os.environ['XCE_NUM_THREADS']!r} must be an integer of at least 1"
-        ) from error
+def _missing() -> list[str]:
+    missing = []
+    if not runtime.openmp_version():
+        missing.append("OpenMP: every call runs on one thread (GCC brings it along, Clang needs libomp)")
+    if level := _cpu.level_not_built():
+        missing.append(
+            f"the kernels of x86-64-{level}, which this CPU could run: they were not built (-Dlevels of meson)"
+        )
+    return missing

@@ -14,11 +14,11 @@ from xce._call import (
     normalise,
     normalise_distillation,
     normalise_linear,
-    normalise_map,
 )
 from xce._dispatch import owner_of
 from xce._docs import documented_like
-from xce._elements import LABELS, SIGNS, normalise_elements
+from xce._elements import LABELS, SIGNS, logit_in_two_parts, normalise_elements
+from xce._transforms import log_sum_exp, transform
 
 __all__ = [
     "LogitStats", "asymmetric_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits", "cross_entropy",
@@ -70,19 +70,20 @@ def cross_entropy(
     logits : array of float16, bfloat16, float32 or float64, any shape with a class axis
         Unnormalised log-probabilities in nats. 16-bit logits are computed in float32.
     target : array
-        Class indices: any integer dtype, the shape of `logits` without `axis` (an int will do for logits of
-        shape (C,)). Or probabilities: any floating dtype, the shape of `logits`, not negative; rows need not
-        sum to 1.
+        Class indices: integers, or floats that are whole numbers, of the shape of `logits` without `axis` (an
+        int will do for logits of shape (C,)). Or probabilities: any floating dtype, the shape of `logits`, not
+        negative; rows need not sum to 1.
     weight : array of shape (C,), optional
-        Class weights, floating, finite and not negative.
+        Class weights: floating, integer or bool, finite and not negative.
     ignore_index : int, default -100
         Rows with this label count nothing and are not read: loss and derivatives are exactly 0. Any int64,
         also a class. Without effect on probabilities.
     label_smoothing : float, default 0.0
         The share of the target, in [0, 1], that is spread evenly over the classes.
     where : array of bool, broadcastable to the shape of `logits`, optional
-        False removes a class: it gets probability and gradient 0 and no share of the smoothing, and is not
-        read.
+        False removes a class: it gets probability and gradient 0 and no share of the smoothing, and its logit
+        is not read. A target there makes the loss infinite. A row that is left without a class counts nowhere, as
+        with a sample weight of 0.
     temperature : float, default 1.0
         The logits are divided by it, after `softcap`. The derivatives are those by the raw logits.
     softcap : float, optional
@@ -95,10 +96,12 @@ def cross_entropy(
     reduction : {"mean", "sum", "none"}, default "mean"
         "none" returns the loss of every row. "mean" divides the sum, and the derivatives, by the number of
         rows not ignored; with class weights and class indices by the sum of ``weight[target]``; with sample
-        weights by the sum over rows of the sample weight times that.
-    sample_weight : array, optional
-        Row weights, floating (or integer or bool), finite and not negative, broadcastable to the shape of `logits`
-        without `axis`.
+        weights by the sum over rows of the sample weight times that. A mean over weights that sum to 0 is
+        NaN, and so are the derivatives of the rows that count, unless there are none.
+    sample_weight : array or number, optional
+        Row weights of any sign: floating, integer or bool, finite, broadcastable to the shape of
+        `logits` without `axis`. A weight of 0 removes its row, whatever that holds: loss and derivatives are 0, and
+        nothing there is checked.
     return_grad, return_hess : bool, default False
         Also return the gradient, and the diagonal of the Hessian, of each row's reduced loss by its logits.
     grad_out, hess_out : array, optional
@@ -135,6 +138,9 @@ def cross_entropy(
     or a row of -inf only, makes that row NaN and no other. A target at -inf has the loss +inf and a finite
     gradient, and a coefficient of 0 makes its term 0 even there. An error leaves every buffer untouched.
 
+    A float32 loss is too coarse for the finite differences by which an optimiser replaces a missing gradient: pass
+    it the gradient (``return_grad=True``; ``jac=True`` in SciPy), or give float64.
+
     References
     ----------
     .. [1] I. J. Good, "Rational decisions", Journal of the Royal Statistical Society B 14 (1952), 107-114.
@@ -156,7 +162,7 @@ def cross_entropy(
     >>> xce.cross_entropy(logits, np.array([0, 3]))
     Traceback (most recent call last):
         ...
-    xce._errors.LabelError: target[1] = 3 is out of range: labels of 3 classes are 0..2, or ignore_index=-100
+    xce.LabelError: target[1] = 3 is out of range: labels of 3 classes are 0..2, or ignore_index=-100
     """
     owner = owner_of(logits, "logits")
     # fmt: off
@@ -261,7 +267,8 @@ def poly_loss(
     Parameters
     ----------
     epsilon : float, default 1.0
-        The weight of the first polynomial term, finite and not negative. 0 is `cross_entropy`.
+        The weight of the first polynomial term, any finite number: -1 takes the first term of the expansion away,
+        0 is `cross_entropy`.
 
     References
     ----------
@@ -375,14 +382,15 @@ def nll_loss(
     ----------
     log_probs : array of float16, bfloat16, float32 or float64, any shape with a class axis
         Log-probabilities in nats. They are taken as they are: rows need not be normalised.
-    target : array of integers, or int
+    target : array of integers, or of floats that are whole numbers, or int
         Class indices, of the shape of `log_probs` without `axis`.
     ignore_index : int, default -100
         Rows with this label count nothing and are not read: loss and derivatives are exactly 0. Any int64, also a
         class.
-    sample_weight : array, optional
-        Row weights, floating (or integer or bool), finite and not negative, broadcastable to the shape of
-        `log_probs` without `axis`.
+    sample_weight : array or number, optional
+        Row weights of any sign: floating, integer or bool, finite, broadcastable to the shape of
+        `log_probs` without `axis`. A weight of 0 removes its row, whatever that holds: loss and derivatives are 0, and
+        nothing there is checked.
     return_grad, return_hess : bool, default False
         Also return the gradient, and the diagonal of the Hessian, of each row's reduced loss by `log_probs`.
     grad_out, hess_out : array, optional
@@ -431,6 +439,7 @@ def distillation_loss(
     axis: int = -1,
     reduction: Reduction = "mean",
     sample_weight: Array | None = None,
+    where: Array | None = None,
     return_grad: bool = False,
     return_hess: bool = False,
     grad_out: Array | None = None,
@@ -469,9 +478,13 @@ def distillation_loss(
     reduction : {"mean", "sum", "none"}, default "mean"
         "none" returns the loss of every row. "mean" divides the sum, and the derivatives, by the number of rows,
         or by the sum of their weights.
-    sample_weight : array, optional
-        Row weights, floating (or integer or bool), finite and not negative, broadcastable to the shape of
-        `student_logits` without `axis`.
+    sample_weight : array or number, optional
+        Row weights of any sign: floating, integer or bool, finite, broadcastable to the shape of
+        `student_logits` without `axis`. A weight of 0 removes its row, whatever that holds: loss and derivatives
+        are 0, and nothing there is checked.
+    where : array of bool, optional
+        True where a class takes part, broadcastable to `student_logits`. Elsewhere student and teacher both have
+        probability 0, and the derivatives are 0.
     grad_out, hess_out : array, optional
         Arrays of the shape and dtype of `student_logits` to write the derivatives to.
         ``grad_out=student_logits`` overwrites the logits; any other shared memory is an error.
@@ -492,15 +505,19 @@ def distillation_loss(
     TypeError
         An argument is of the wrong kind or dtype, or the arrays come from different libraries.
     ValueError
-        An option or shape is not allowed, a class is there twice, a weight is negative or not finite, or a buffer
-        does not fit.
+        An option or shape is not allowed, a class is there twice, a weight is not finite, or a buffer does not
+        fit.
     numpy.exceptions.AxisError
         `axis` is out of range.
 
     Notes
     -----
     Rows of padding are left out by a `sample_weight` of 0 or False. A NaN or +inf in a row of either, or a row of
-    -inf only, makes that row NaN and no other.
+    -inf only, makes that row NaN and no other. Where the teacher is -inf and the student is not, "reverse" is
+    infinite, and so are the derivatives of its row: +inf for that class's gradient.
+
+    The value is right to 16 units in the last place and the gradient to 32 of the row's largest entry, however close
+    or far apart the two are and whatever is added to either's logits.
 
     References
     ----------
@@ -520,7 +537,7 @@ def distillation_loss(
     owner = owner_of(student_logits, "student_logits")
     call = normalise_distillation(
         owner, divergence, student_logits, teacher_logits, teacher_indices, axis, temperature, reduction,
-        sample_weight, return_grad, return_hess, grad_out, hess_out, n_threads, validate,
+        sample_weight, where, return_grad, return_hess, grad_out, hess_out, n_threads, validate,
     )  # fmt: skip
     return finish(owner, call, owner.run(call))
 
@@ -529,11 +546,11 @@ def binary_cross_entropy_with_logits(
     logits: Array,
     target: Array,
     *,
-    weight: Array | None = None,
-    pos_weight: Array | None = None,
+    weight: Array | float | None = None,
+    pos_weight: Array | float | None = None,
     label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
-    sample_weight: Array | None = None,
+    sample_weight: Array | float | None = None,
     return_grad: bool = False,
     return_hess: bool = False,
     grad_out: Array | None = None,
@@ -558,19 +575,20 @@ def binary_cross_entropy_with_logits(
         Log-odds in nats. 16-bit logits are computed in float32.
     target : array of bool, integers or floats, of the shape of `logits`
         Targets in [0, 1].
-    weight : array, optional
-        Factors of the elements, floating, finite and not negative, broadcastable to the shape of `logits`.
-        "mean" does not count them.
-    pos_weight : array, optional
-        Factors of the positive terms, likewise: of shape (C,) for logits of shape (N, C), one for each class.
+    weight : array of bool, integers or floats, or one number, optional
+        Factors of the elements, finite and of any sign, broadcastable to the shape of `logits`. A factor of 0
+        removes its element, whatever logits and target hold there; "mean" counts it, as all elements, as 1.
+    pos_weight : array of bool, integers or floats, or one number, optional
+        Factors of the positive terms, finite and not negative, broadcastable to the shape of `logits`: of shape (C,)
+        for logits of shape (N, C), one for each class.
     label_smoothing : float, default 0.0
         The share of the target, in [0, 1], that is spread evenly over both answers.
     reduction : {"mean", "sum", "none"}, default "mean"
         "none" returns the loss of every element. "mean" divides the sum, and the derivatives, by the number of
         elements or, with sample weights, by the sum of those.
-    sample_weight : array, optional
-        Factors of the elements that "mean" counts, floating (or integer or bool), finite and not negative,
-        broadcastable to the shape of `logits`.
+    sample_weight : array of bool, integers or floats, or one number, optional
+        Factors of the elements that "mean" counts, finite and of any sign, broadcastable to the shape of `logits`.
+        A factor of 0 removes its element, whatever logits and target hold there, from the denominator as well.
     return_grad, return_hess : bool, default False
         Also return the first and the second derivative of each element's reduced loss by the first argument.
     grad_out, hess_out : array, optional
@@ -579,7 +597,8 @@ def binary_cross_entropy_with_logits(
     n_threads : int, optional
         Upper bound on the number of threads. The result does not depend on it.
     validate : bool, default True
-        False skips the checks that read the data: targets and weights.
+        False skips the checks that read the data: targets and weights. Elements that a weight of 0 removes are never
+        checked.
 
     Returns
     -------
@@ -593,14 +612,17 @@ def binary_cross_entropy_with_logits(
     TypeError
         An argument is of the wrong kind or dtype, or the arrays come from different libraries.
     ValueError
-        An option or shape is not allowed, a target (or probability) is out of range, a weight is negative or not
-        finite, or a buffer does not fit.
+        An option or shape is not allowed, a target (or probability) is out of range, a weight is not finite, a
+        `pos_weight` is negative, or a buffer does not fit.
 
     Notes
     -----
-    Both terms are computed without cancellation, so that ``loss(x, 1) == loss(-x, 0)`` exactly, and an infinite
-    logit of the right sign has the loss 0. A weight of 0 removes its element whatever it holds. Without elements,
-    "mean" is NaN and "sum" is 0. An error leaves every buffer untouched.
+    Nothing cancels: ``loss(x, 1) == loss(-x, 0)`` exactly, for every `label_smoothing`, and an infinite logit of the
+    right sign has the loss 0. Without elements, "mean" is NaN and "sum" is 0. Where the weights sum to 0, "mean" is
+    NaN, and so are its derivatives at elements whose own weight is not 0. An error leaves every buffer untouched.
+
+    A float32 loss is too coarse for the finite differences by which an optimiser replaces a missing gradient: pass
+    it the gradient (``return_grad=True``; ``jac=True`` in SciPy), or give float64.
 
     References
     ----------
@@ -617,9 +639,10 @@ def binary_cross_entropy_with_logits(
     >>> xce.binary_cross_entropy_with_logits(logits, np.array([1, 0, 2]))
     Traceback (most recent call last):
         ...
-    ValueError: target[2] = 2 is not allowed: every target must be between 0 and 1
+    ValueError: target[2] = 2 is not allowed: expected targets between 0 and 1
     """
-    params = (check.real("label_smoothing", label_smoothing),)
+    smoothing = check.real("label_smoothing", label_smoothing)
+    params = 1 - smoothing, smoothing / 2
     owner = owner_of(logits, "logits")
     # fmt: off
     call = normalise_elements(
@@ -637,10 +660,10 @@ def binary_cross_entropy(
     probs: Array,
     target: Array,
     *,
-    weight: Array | None = None,
+    weight: Array | float | None = None,
     log_clamp: float | None = -100.0,
     reduction: Reduction = "mean",
-    sample_weight: Array | None = None,
+    sample_weight: Array | float | None = None,
     return_grad: bool = False,
     return_hess: bool = False,
     grad_out: Array | None = None,
@@ -665,17 +688,18 @@ def binary_cross_entropy(
         Probabilities, in [0, 1].
     target : array of bool, integers or floats, of the shape of `probs`
         Targets in [0, 1].
-    weight : array, optional
-        Factors of the elements, floating, finite and not negative, broadcastable to the shape of `probs`.
-        "mean" does not count them.
+    weight : array of bool, integers or floats, or one number, optional
+        Factors of the elements, finite and of any sign, broadcastable to the shape of `probs`. A factor of 0 removes
+        its element, whatever probabilities and target hold there; "mean" counts it, as all elements, as 1.
     log_clamp : float, optional, default -100.0
         The least value of a logarithm; None leaves them as they are, so that a certain and wrong probability
-        has the loss +inf. The derivatives do not know of it.
-    sample_weight : array, optional
-        Factors of the elements that "mean" counts, floating (or integer or bool), finite and not negative,
-        broadcastable to the shape of `probs`.
+        has the loss +inf. Derivatives ignore it.
+    sample_weight : array of bool, integers or floats, or one number, optional
+        Factors of the elements that "mean" counts, finite and of any sign, broadcastable to the shape of `probs`.
+        A factor of 0 removes its element, whatever probabilities and target hold there, from the denominator as well.
     validate : bool, default True
-        False skips the checks that read the data: probabilities, targets and weights.
+        False skips the checks that read the data: probabilities, targets and weights. Elements that a weight of 0
+        removes are never checked.
 
     References
     ----------
@@ -691,7 +715,7 @@ def binary_cross_entropy(
     >>> xce.binary_cross_entropy(np.array([0.9, 1.2]), np.array([1, 0]))
     Traceback (most recent call last):
         ...
-    ValueError: probs[1] = 1.2 is not allowed: all elements of input should be between 0 and 1
+    ValueError: probs[1] = 1.2 is not allowed: expected probabilities between 0 and 1
     """
     params = (-math.inf if log_clamp is None else check.real("log_clamp", log_clamp),)
     owner = owner_of(probs, "probs")
@@ -711,10 +735,10 @@ def sigmoid_focal_loss(
     logits: Array,
     target: Array,
     *,
-    alpha: float = 0.25,
+    alpha: Array | float | None = 0.25,
     gamma: float = 2.0,
     reduction: Reduction = "none",
-    sample_weight: Array | None = None,
+    sample_weight: Array | float | None = None,
     return_grad: bool = False,
     return_hess: bool = False,
     grad_out: Array | None = None,
@@ -731,8 +755,9 @@ def sigmoid_focal_loss(
 
     Parameters
     ----------
-    alpha : float, default 0.25
-        The weight of positive targets, in [0, 1], negative ones having the rest; -1 leaves both as they are.
+    alpha : float, array of floats or None, default 0.25
+        The weight of positive targets, in [0, 1]; negatives get 1 - alpha. None or -1: no balancing. An array,
+        broadcastable to the shape of `logits`, has one for each class of the last axis.
     gamma : float, default 2.0
         The exponent, finite and not negative.
     reduction : {"none", "mean", "sum"}, default "none"
@@ -754,12 +779,16 @@ def sigmoid_focal_loss(
     >>> print(np.round(xce.sigmoid_focal_loss(np.array([2.0, -1.0, 0.0]), np.array([1, 0, 1])), 6))
     [0.000451 0.016994 0.043322]
     """
-    params = check.real("alpha", alpha), check.real("gamma", gamma)
+    alpha = check.unboxed("alpha", alpha)
+    is_number = alpha is None or isinstance(alpha, int | float)
+    share = (-1.0 if alpha is None else check.real("alpha", alpha)) if is_number else 0.0
+    # gamma, alpha or -1 where each class has its own, and whether there is one
+    params = check.real("gamma", gamma), max(share, 0.0) if is_number else -1.0, float(share >= 0)
     owner = owner_of(logits, "logits")
     # fmt: off
     call = normalise_elements(
         owner, "sigmoid_focal_loss", params, logits, "logits", target, LABELS,
-        target_range=check.BETWEEN_0_AND_1,
+        target_range=check.BETWEEN_0_AND_1, pos_weight=None if is_number else alpha, pos_weight_name="alpha",
         sample_weight=sample_weight, reduction=reduction, return_grad=return_grad, return_hess=return_hess,
         grad_out=grad_out, hess_out=hess_out, n_threads=n_threads, validate=validate,
     )
@@ -776,7 +805,7 @@ def asymmetric_loss(
     gamma_neg: float = 4.0,
     clip: float = 0.05,
     reduction: Reduction = "mean",
-    sample_weight: Array | None = None,
+    sample_weight: Array | float | None = None,
     return_grad: bool = False,
     return_hess: bool = False,
     grad_out: Array | None = None,
@@ -819,7 +848,8 @@ def asymmetric_loss(
     >>> print(np.round(loss, 4))
     [0.1269 0.0913 0.6931]
     """
-    params = check.real("gamma_pos", gamma_pos), check.real("gamma_neg", gamma_neg), check.real("clip", clip)
+    gammas, clip = (check.real("gamma_pos", gamma_pos), check.real("gamma_neg", gamma_neg)), check.real("clip", clip)
+    params = (*gammas, clip, *(logit_in_two_parts(clip) if clip else (0.0, 0.0)))
     owner = owner_of(logits, "logits")
     # fmt: off
     call = normalise_elements(
@@ -838,7 +868,7 @@ def soft_margin_loss(
     target: Array,
     *,
     reduction: Reduction = "mean",
-    sample_weight: Array | None = None,
+    sample_weight: Array | float | None = None,
     return_grad: bool = False,
     return_hess: bool = False,
     grad_out: Array | None = None,
@@ -888,7 +918,7 @@ def multilabel_soft_margin_loss(
     weight: Array | None = None,
     axis: int = -1,
     reduction: Reduction = "mean",
-    sample_weight: Array | None = None,
+    sample_weight: Array | float | None = None,
     return_grad: bool = False,
     return_hess: bool = False,
     grad_out: Array | None = None,
@@ -904,16 +934,16 @@ def multilabel_soft_margin_loss(
     ----------
     logits : array of float16, bfloat16, float32 or float64, any shape with a class axis
         Log-odds in nats. 16-bit logits are computed in float32.
-    weight : array of shape (C,), optional
-        Class weights, floating, finite and not negative.
+    weight : array of bool, integers or floats of shape (C,), optional
+        Class weights, finite and not negative. A weight of 0 removes its class.
     axis : int, default -1
         The class axis.
     reduction : {"mean", "sum", "none"}, default "mean"
         "none" returns the loss of every row. "mean" divides the sum, and the derivatives, by the number of rows,
         or by the sum of their weights.
-    sample_weight : array, optional
-        Row weights, floating (or integer or bool), finite and not negative, broadcastable to the shape of `logits`
-        without `axis`.
+    sample_weight : array of bool, integers or floats, or one number, optional
+        Row weights, finite and of any sign, broadcastable to the shape of `logits` without `axis`. A weight of 0
+        removes its row, whatever it holds.
 
     References
     ----------
@@ -930,7 +960,7 @@ def multilabel_soft_margin_loss(
     owner = owner_of(logits, "logits")
     # fmt: off
     call = normalise_elements(
-        owner, "binary_cross_entropy_with_logits", (0.0,), logits, "logits", target, LABELS,
+        owner, "binary_cross_entropy_with_logits", (1.0, 0.0), logits, "logits", target, LABELS,
         target_range=check.BETWEEN_0_AND_1, weight=weight, axis=axis,
         sample_weight=sample_weight, reduction=reduction, return_grad=return_grad, return_hess=return_hess,
         grad_out=grad_out, hess_out=hess_out, n_threads=n_threads, validate=validate,
@@ -946,7 +976,7 @@ def kl_div(
     *,
     log_target: bool = False,
     reduction: Literal["mean", "batchmean", "sum", "none"] = "mean",
-    sample_weight: Array | None = None,
+    sample_weight: Array | float | None = None,
     return_grad: bool = False,
     return_hess: bool = False,
     grad_out: Array | None = None,
@@ -974,13 +1004,15 @@ def kl_div(
         "none" returns the term of every element. "mean" divides the sum, and the derivatives, by the number of
         elements, "batchmean" by the length of the first axis, which makes the divergence of it; with sample
         weights, each element's share is multiplied by its own.
-    sample_weight : array, optional
-        Factors of the elements that "mean" and "batchmean" count, floating (or integer or bool), finite and not
-        negative, broadcastable to the shape of `log_probs`.
+    sample_weight : array of bool, integers or floats, or one number, optional
+        Factors of the elements that "mean" and "batchmean" count, finite and of any sign, broadcastable to the shape
+        of `log_probs`. A factor of 0 removes its element, whatever it holds.
 
     Notes
     -----
-    A target of 0 has the term 0, whatever its log-probability is. The second derivative is 0.
+    A target of 0 has the term 0, whatever its log-probability is. The second derivative is 0. A term errs by a few
+    units in its last place and, where log t - u cancels, by an eighth of one in that of t; with `log_target` it does
+    not cancel.
 
     References
     ----------
@@ -1010,9 +1042,10 @@ def kl_div(
 
 def softmax(
     x: Array,
+    axis: int | tuple[int, ...] | None = -1,
     *,
-    axis: int = -1,
     temperature: float = 1.0,
+    where: Array | None = None,
     out: Array | None = None,
     n_threads: int | None = None,
 ) -> Any:
@@ -1024,10 +1057,12 @@ def softmax(
     ----------
     x : array of float16, bfloat16, float32 or float64, any shape with a class axis
         Logits in nats. 16-bit logits are computed in float32.
-    axis : int, default -1
-        The class axis.
+    axis : int, tuple of ints or None, default -1
+        The class axis, or several that are taken as one; None takes all of them.
     temperature : float, default 1.0
         The divisor :math:`T` of the logits.
+    where : array of bool, optional
+        Broadcast to `x`; False removes a class from its row, whatever it holds.
     out : array of the shape and dtype of `x`, optional
         Array to write the result to. It may be `x` itself.
     n_threads : int, optional
@@ -1049,7 +1084,8 @@ def softmax(
 
     Notes
     -----
-    A NaN or +inf in a row, or a row of -inf only, makes that row NaN and no other.
+    A NaN or +inf in a row, or a row of -inf only, makes that row NaN and no other. A class that `where` removes has
+    probability 0, also in a row of which nothing is left.
 
     References
     ----------
@@ -1062,16 +1098,15 @@ def softmax(
     >>> print(np.round(xce.softmax(np.array([2.0, 1.0, 0.0])), 4))
     [0.6652 0.2447 0.09  ]
     """
-    owner = owner_of(x, "x")
-    call = normalise_map(owner, "softmax", x, axis, temperature, out, n_threads)
-    return owner.wrap(owner.run(call))
+    return transform("softmax", x, axis, temperature, where, out, n_threads)
 
 
 def log_softmax(
     x: Array,
+    axis: int | tuple[int, ...] | None = -1,
     *,
-    axis: int = -1,
     temperature: float = 1.0,
+    where: Array | None = None,
     out: Array | None = None,
     n_threads: int | None = None,
 ) -> Any:
@@ -1083,10 +1118,12 @@ def log_softmax(
     ----------
     x : array of float16, bfloat16, float32 or float64, any shape with a class axis
         Logits in nats. 16-bit logits are computed in float32.
-    axis : int, default -1
-        The class axis.
+    axis : int, tuple of ints or None, default -1
+        The class axis, or several that are taken as one; None takes all of them.
     temperature : float, default 1.0
         The divisor :math:`T` of the logits.
+    where : array of bool, optional
+        Broadcast to `x`; False removes a class from its row, whatever it holds.
     out : array of the shape and dtype of `x`, optional
         Array to write the result to. It may be `x` itself.
     n_threads : int, optional
@@ -1108,7 +1145,8 @@ def log_softmax(
 
     Notes
     -----
-    A NaN or +inf in a row, or a row of -inf only, makes that row NaN and no other.
+    A NaN or +inf in a row, or a row of -inf only, makes that row NaN and no other. A class that `where` removes has
+    log-probability -inf, also in a row of which nothing is left.
 
     References
     ----------
@@ -1121,24 +1159,38 @@ def log_softmax(
     >>> print(np.round(xce.log_softmax(np.array([1000.0, 0.0])), 4))
     [    0. -1000.]
     """
-    owner = owner_of(x, "x")
-    call = normalise_map(owner, "log_softmax", x, axis, temperature, out, n_threads)
-    return owner.wrap(owner.run(call))
+    return transform("log_softmax", x, axis, temperature, where, out, n_threads)
 
 
-def logsumexp(x: Array, *, axis: int = -1, keepdims: bool = False, n_threads: int | None = None) -> Any:
-    r"""Logarithm of the sum of exponentials, without their overflow.
+def logsumexp(
+    x: Array,
+    axis: int | tuple[int, ...] | None = -1,
+    b: Array | float | None = None,
+    keepdims: bool = False,
+    return_sign: bool = False,
+    *,
+    where: Array | None = None,
+    n_threads: int | None = None,
+) -> Any:
+    r"""Logarithm of a sum of exponentials, without their overflow.
 
-    .. math:: \mathrm{lse} = \log \sum_c e^{x_c}
+    .. math:: \mathrm{lse} = \log \sum_c b_c e^{x_c}
 
     Parameters
     ----------
     x : array of float16, bfloat16, float32 or float64, any shape with a class axis
         Logits in nats. 16-bit logits are computed in float32.
-    axis : int, default -1
-        The class axis.
+    axis : int, tuple of ints or None, default -1
+        The class axis, or several that are taken as one; None takes all of them.
+    b : array of real numbers, or number, optional
+        Factors of the exponentials, broadcast to `x`, of any sign. Where one is 0, `x` is not read.
     keepdims : bool, default False
         Keep `axis`, with length 1.
+    return_sign : bool, default False
+        Return the sign of the sum, too, and the logarithm of its absolute value. Without it, the logarithm of a
+        negative sum is NaN.
+    where : array of bool, optional
+        Broadcast to `x`; False removes a class from its row, whatever it holds.
     n_threads : int, optional
         Upper bound on the number of threads. The result does not depend on it.
 
@@ -1146,6 +1198,8 @@ def logsumexp(x: Array, *, axis: int = -1, keepdims: bool = False, n_threads: in
     -------
     scalar or array
         The log-sum-exp in nats, float32 or, of float64 logits, float64, of the shape of `x` without `axis`.
+    sign : scalar or array
+        1, 0, -1 or NaN, likewise; only with ``return_sign=True``.
 
     Raises
     ------
@@ -1158,7 +1212,9 @@ def logsumexp(x: Array, *, axis: int = -1, keepdims: bool = False, n_threads: in
 
     Notes
     -----
-    A row of -inf only gives -inf, a row with +inf gives +inf, a row with NaN gives NaN.
+    A row of -inf only, or of which `where` leaves nothing, gives -inf, a row with +inf gives +inf, a row with NaN
+    gives NaN. The arguments are those of ``scipy.special.logsumexp``, except that `axis` is -1 by default. With `b`,
+    sums are formed in float64.
 
     References
     ----------
@@ -1171,10 +1227,7 @@ def logsumexp(x: Array, *, axis: int = -1, keepdims: bool = False, n_threads: in
     >>> print(f"{xce.logsumexp(np.array([1000.0, 1000.0])):.6f}")
     1000.693147
     """
-    owner = owner_of(x, "x")
-    call = normalise_map(owner, "logsumexp", x, axis, n_threads=n_threads)
-    lse = owner.run(call)
-    return owner.wrap(lse[(slice(None),) * call.axis + (None, ...)] if keepdims else lse)
+    return log_sum_exp(x, axis, b, keepdims, return_sign, where, n_threads)
 
 
 def logit_stats(
@@ -1197,7 +1250,7 @@ def logit_stats(
     ----------
     logits : array of float16, bfloat16, float32 or float64, any shape with a class axis
         Unnormalised log-probabilities in nats. 16-bit logits are computed in float32.
-    target : array of integers, or int
+    target : array of integers, or of floats that are whole numbers, or int
         Class indices, of the shape of `logits` without `axis`.
     axis : int, default -1
         The class axis.
@@ -1294,23 +1347,24 @@ def linear_cross_entropy(
     linear_weight : array of the dtype of `inputs`, of shape (C, D)
         The layer's weights, a row for each class, as PyTorch stores them.
     target : array
-        Class indices: any integer dtype, the shape of `inputs` without the last axis (an int will do for
-        inputs of shape (D,)). Or probabilities: any floating dtype, of shape (..., C), not negative; rows need
-        not sum to 1.
+        Class indices: integers, or floats that are whole numbers, of the shape of `inputs` without the last axis
+        (an int will do for inputs of shape (D,)). Or probabilities: any floating dtype, of shape (..., C), not
+        negative; rows need not sum to 1.
     linear_bias : array of the dtype of `inputs`, of shape (C,), optional
         The layer's bias; -inf removes a class.
     chunk_rows : int, optional
         The number of rows whose logits are in memory at a time. None: as many as fit into 128 MiB, at least
         one; on a GPU, into a 32nd of its memory, at most 4096.
     weight : array of shape (C,), optional
-        Class weights of the loss, floating, finite and not negative.
+        Class weights of the loss: floating, integer or bool, finite and not negative.
     ignore_index : int, default -100
         Rows with this label count nothing, and nothing is computed for them. Any int64, also a class. Without
         effect on probabilities.
     label_smoothing : float, default 0.0
         The share of the target, in [0, 1], that is spread evenly over the classes.
     where : array of bool, broadcastable to (..., C), optional
-        False removes a class: its logit gets probability and gradient 0 and no share of the smoothing.
+        False removes a class: its logit gets probability and gradient 0 and no share of the smoothing. A row
+        that is left without a class counts nowhere.
     temperature : float, default 1.0
         The logits are divided by it, after `softcap`.
     softcap : float, optional
@@ -1320,9 +1374,10 @@ def linear_cross_entropy(
     reduction : {"mean", "sum", "none"}, default "mean"
         As in `cross_entropy`; "mean" divides by the denominator of all rows. With "none" the gradients of
         `linear_weight` and `linear_bias` are those of the sum of the rows.
-    sample_weight : array, optional
-        Row weights, floating (or integer or bool), finite and not negative, broadcastable to the shape of `inputs`
-        without the last axis.
+    sample_weight : array or number, optional
+        Row weights of any sign: floating, integer or bool, finite, broadcastable to the shape of
+        `inputs` without the last axis. A weight of 0 removes its row, whatever that holds: loss and derivatives
+        are 0, and nothing there is checked.
     return_grad : bool, default False
         Also return the gradients by `inputs`, `linear_weight` and `linear_bias`.
     grad_out : tuple of three arrays or None, optional

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
+from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace, device, is_cupy_array, is_torch_array
 
 from xce import _check as check
-from xce._call import Array
-from xce._dispatch import owner_of, view
+from xce._backends._scan import BFLOAT16, is_label, parts, widen
+from xce._call import Array, Call, normalise
+from xce._dispatch import device_of, namespace, owner_of, placed
 from xce._docs import documented_like
 from xce.losses import cross_entropy, logit_stats
 
 __all__ = ["brier_score", "log_loss", "perplexity", "top_k_accuracy"]
+
+_BLOCK_BYTES = 1 << 19  # of logits, as they are computed on, between whose rows the metrics are added up
+_NUMBERS = 1 << 14  # of log_loss that are computed on at a time
+_TIES = 1 << 16  # logits that are compared at a time
 
 
 @documented_like(cross_entropy)
@@ -35,18 +42,20 @@ def perplexity(
 
     Parameters
     ----------
-    target : array of integers, or int
+    target : array of integers, or of floats that are whole numbers, or int
         Class indices, of the shape of `logits` without `axis`. For a language model: the next tokens.
     ignore_index : int, default -100
         Rows with this label do not count.
+    sample_weight : array broadcastable to the shape of `target`, or number, optional
+        Row weights, finite, of either sign. A weight of 0 removes its row, whatever its logits and its label are.
     validate : bool, default True
         False skips the checks that read the data: labels and weights.
 
     Returns
     -------
     scalar
-        The perplexity, at least 1 (float32, or float64 for float64 logits), of the kind and on the device of
-        `logits`. It is NaN without rows that count.
+        The perplexity (float32, or float64 for float64 logits), of the kind and on the device of `logits`: at least 1
+        if no weight is negative, infinite beyond the range of its dtype. It is NaN without rows that count.
 
     Raises
     ------
@@ -55,7 +64,7 @@ def perplexity(
     TypeError
         An argument is of the wrong kind or dtype, or the arrays come from different libraries.
     ValueError
-        An option or shape is not allowed, or a weight is negative or not finite.
+        An option or shape is not allowed, or a weight is not finite.
     numpy.exceptions.AxisError
         `axis` is out of range.
 
@@ -71,14 +80,12 @@ def perplexity(
     >>> print(f"{xce.perplexity(logits, np.array([3, 1, 4])):.4f}")
     50.0000
     """
-    _refuse_probabilities(logits, target)
-    # fmt: off
-    loss = cross_entropy(
-        logits, target, ignore_index=ignore_index, axis=axis, sample_weight=sample_weight, n_threads=n_threads,
-        validate=validate,
-    )
-    # fmt: on
-    return np.exp(loss) if isinstance(loss, np.generic) else array_namespace(loss).exp(loss)
+    owner = owner_of(logits, "logits")
+    call = _of_labels(owner, logits, target, axis, sample_weight, ignore_index, n_threads, validate)
+    loss, _, _ = owner.run(call._replace(op="loss", phi="cross_entropy", reduction="mean"))
+    loss = owner.wrap(loss)
+    with np.errstate(all="ignore"):
+        return np.exp(loss) if isinstance(loss, np.generic) else namespace(loss).exp(loss)
 
 
 @documented_like(logit_stats)
@@ -89,6 +96,7 @@ def top_k_accuracy(
     k: int = 1,
     ignore_index: int = -100,
     axis: int = -1,
+    sample_weight: Array | None = None,
     n_threads: int | None = None,
     validate: bool = True,
 ) -> float:
@@ -104,13 +112,16 @@ def top_k_accuracy(
         How many of the largest logits count as a hit, at least 1.
     ignore_index : int, default -100
         Rows with this label do not count.
+    sample_weight : array broadcastable to the shape of `target`, or number, optional
+        Row weights, finite, of either sign; the sum of those of the hits is divided by the sum of all. A weight of 0
+        removes its row, whatever its logits and its label are.
     validate : bool, default True
-        False skips the check of the labels; a row with a bad label is then a miss.
+        False skips the checks that read the data, labels and weights; a row with a bad label is then a miss.
 
     Returns
     -------
     float
-        The fraction, in [0, 1]; NaN without rows that count.
+        The fraction, in [0, 1] if no weight is negative; NaN without rows that count.
 
     Raises
     ------
@@ -119,7 +130,7 @@ def top_k_accuracy(
     TypeError
         An argument is of the wrong kind or dtype, or the arrays come from different libraries.
     ValueError
-        An option or shape is not allowed.
+        An option or shape is not allowed, or a weight is not finite.
     numpy.exceptions.AxisError
         `axis` is out of range.
 
@@ -140,21 +151,43 @@ def top_k_accuracy(
     >>> top_k_accuracy(logits, np.array([0, 1])), top_k_accuracy(logits, np.array([0, 1]), k=2)
     (0.5, 1.0)
     """
-    k = check.count("k", k)
-    stats = logit_stats(logits, target, axis=axis, ignore_index=ignore_index, n_threads=n_threads, validate=validate)
-    xp = array_namespace(stats.rank)
-    labels = xp.asarray(target)
-    known = stats.rank >= 0
-    if k == 1:
-        hits = known & (stats.argmax == xp.astype(labels, xp.int64))
-    else:
-        x = xp.moveaxis(logits, axis, -1)
+    owner, k = owner_of(logits, "logits"), check.count("k", k)
+    call = _of_labels(owner, logits, target, axis, sample_weight, ignore_index, n_threads, validate)
+    return _mean_of_rows(owner, logits, call, _Hits(k))
+
+
+class _Hits:
+    """1 for each row whose target is among the first k classes, 0 for the others."""
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+
+    def __call__(self, owner: ModuleType, call: Call) -> Array:
+        stats = owner.run(call)
+        xp = namespace(stats.rank)
+        before = stats.rank
+        if self.k > 1:
+            before = before + self._ties(xp, call, stats)
+            is_hit = before < self.k
+        else:
+            is_hit = stats.argmax == xp.astype(call.target, xp.int64)
+        return xp.astype((stats.rank >= 0) & is_hit, xp.float64)
+
+    @staticmethod
+    def _ties(xp: Any, call: Call, stats: Any) -> Array:
+        """How many classes before the target have the same logit."""
+        x = _without_bfloat16(xp.moveaxis(call.logits, call.axis, -1))
         of_target = xp.astype(stats.target_logit, x.dtype)[..., None]  # exactly: it was read from there
-        before = xp.arange(x.shape[-1]) < xp.astype(labels, xp.int64)[..., None]
-        ties = xp.sum(xp.astype((x == of_target) & before, xp.int64), axis=-1)
-        hits = known & (stats.rank + ties < k)
-    n_rows = _counted(xp, labels, ignore_index)
-    return int(xp.sum(xp.astype(hits, xp.int64))) / n_rows if n_rows else math.nan
+        label = xp.astype(call.target, xp.int64)[..., None]
+        width = max(1, _TIES // max(1, math.prod(stats.rank.shape)))
+        ties = xp.zeros_like(stats.rank)
+        for start in range(0, x.shape[-1], width):
+            stop = min(start + width, x.shape[-1])
+            part = x[..., start:stop]
+            classes = xp.arange(start, stop, dtype=xp.int64, device=device_of(x))
+            is_tie = (part == of_target) & (classes < label)
+            ties += xp.sum(xp.astype(is_tie, xp.int8), axis=-1, dtype=xp.int64)
+        return ties
 
 
 @documented_like(logit_stats)
@@ -164,6 +197,7 @@ def brier_score(
     *,
     ignore_index: int = -100,
     axis: int = -1,
+    sample_weight: Array | None = None,
     n_threads: int | None = None,
     validate: bool = True,
 ) -> float:
@@ -175,14 +209,17 @@ def brier_score(
     ----------
     ignore_index : int, default -100
         Rows with this label do not count.
+    sample_weight : array broadcastable to the shape of `target`, or number, optional
+        Row weights, finite, of either sign; the mean divides by their sum. A weight of 0 removes its row, whatever its
+        logits and its label are.
     validate : bool, default True
-        False skips the check of the labels; a bad label makes the score NaN.
+        False skips the checks that read the data, labels and weights; a bad label makes the score NaN.
 
     Returns
     -------
     float
-        The score, in [0, 2]; NaN without rows that count. That of two classes is twice the one of the positive
-        class alone.
+        The score, in [0, 2] if no weight is negative; NaN without rows that count. That of two classes is twice the
+        one of the positive class alone.
 
     Raises
     ------
@@ -191,7 +228,7 @@ def brier_score(
     TypeError
         An argument is of the wrong kind or dtype, or the arrays come from different libraries.
     ValueError
-        An option or shape is not allowed.
+        An option or shape is not allowed, or a weight is not finite.
     numpy.exceptions.AxisError
         `axis` is out of range.
 
@@ -207,30 +244,106 @@ def brier_score(
     >>> print(f"{brier_score(np.log([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]), np.array([0, 2])):.4f}")
     0.2175
     """
-    _refuse_probabilities(logits, target)
-    # fmt: off
-    _, grad = cross_entropy(  # which is p - [c = y] with all its digits, and 0 where ignored
-        logits, target, ignore_index=ignore_index, axis=axis, reduction="sum", return_grad=True, n_threads=n_threads,
-        validate=validate,
-    )
-    # fmt: on
-    xp = array_namespace(grad)
-    grad = grad if grad.dtype in (xp.float32, xp.float64) else xp.astype(grad, xp.float32)
-    n_rows = _counted(xp, xp.asarray(target), ignore_index)
-    return float(xp.sum(grad * grad, dtype=xp.float64)) / n_rows if n_rows else math.nan
+    owner = owner_of(logits, "logits")
+    call = _of_labels(owner, logits, target, axis, sample_weight, ignore_index, n_threads, validate)
+    return _mean_of_rows(owner, logits, call, _squared_distances)
 
 
-def _refuse_probabilities(logits: Array, target: Any) -> None:
-    if not isinstance(target, int):
-        check.typed(view(owner_of(logits, "logits"), logits, target, "target", "logits"), "target", *check.INTEGERS)
+def _squared_distances(owner: ModuleType, call: Call) -> Array:
+    if call.logits.shape[call.axis] > _BLOCK_BYTES // 4:
+        return _distances_of_long_rows(owner, call)
+    call = call._replace(op="loss", phi="cross_entropy", reduction="sum", return_grad=True, sample_weight=None)
+    _, grad, _ = owner.run(call)  # which is p - [c = y] with all its digits, and 0 where ignored
+    xp = namespace(grad)
+    grad = xp.moveaxis(_without_bfloat16(grad), call.axis, -1)
+    rows = grad.shape[:-1]
+    # side by side, so that sums do not depend on strides
+    grad = xp.reshape(xp.reshape(grad, (-1,)), (-1, grad.shape[-1]))
+    if grad.dtype != xp.float64:
+        grad = xp.astype(grad, xp.float32, copy=False)
+    grad *= grad
+    return xp.reshape(xp.sum(grad, axis=-1, dtype=xp.float64), rows)
 
 
-def _counted(xp: Any, labels: Array, ignore_index: int) -> int:
-    """Return the number of rows that are not ignored."""
-    limits = xp.iinfo(labels.dtype)
-    if not limits.min <= ignore_index <= limits.max:
-        return math.prod(labels.shape)
-    return int(xp.sum(xp.astype(labels != ignore_index, xp.int64)))
+def _distances_of_long_rows(owner: ModuleType, call: Call) -> Array:
+    """The same of rows whose gradients would take much memory: from sums over all classes but the top one.
+
+    With e = exp(x - max), Z = 1 + the sum of the others: ((Z - e_y)^2 + the sum of e_c^2 over c other than y) / Z^2.
+    """
+    stats = owner.run(call)
+    xp = namespace(stats.lse)
+    x = xp.moveaxis(call.logits, call.axis, -1)
+    top = xp.astype(stats.argmax, xp.int64)[..., None]
+    greatest = xp.astype(_without_bfloat16(xp.take_along_axis(x, top, axis=-1)), xp.float64)
+    total, squares = xp.zeros_like(greatest[..., 0]), xp.zeros_like(greatest[..., 0])
+    width = max(1, _NUMBERS // max(1, math.prod(stats.lse.shape)))
+    for start in range(0, x.shape[-1], width):
+        part = _without_bfloat16(x[..., start : min(start + width, x.shape[-1])])
+        e = xp.exp(_side_by_side(part, xp.float64) - greatest)
+        is_top = xp.arange(start, start + part.shape[-1], dtype=xp.int64, device=device_of(x)) == top
+        e = xp.where(is_top, xp.zeros_like(e), e)
+        total, squares = total + xp.sum(e, axis=-1), squares + xp.sum(e * e, axis=-1)
+    own = xp.exp(xp.astype(stats.target_logit, xp.float64) - greatest[..., 0])
+    is_hit = stats.argmax == xp.astype(widen(call.target), xp.int64)
+    others = xp.where(is_hit, squares, squares + (1 - own) * (1 + own))
+    wrong = xp.where(is_hit, total, total + (1 - own))
+    # an infinite logit makes its row NaN, as that of a gradient
+    return xp.where(xp.isfinite(greatest[..., 0]), (others + wrong * wrong) / (1 + total) ** 2, math.nan)
+
+
+def _of_labels(
+    owner: ModuleType,
+    logits: Array,
+    target: Array,
+    axis: int,
+    sample_weight: Array | None,
+    ignore_index: int,
+    n_threads: int | None,
+    validate: bool,
+) -> Call:
+    """Return the checked call of the row statistics, whose targets are class indices."""
+    return normalise(
+        owner, "stats", "", 0.0, logits, axis, target, sample_weight=sample_weight, ignore_index=ignore_index,
+        n_threads=n_threads, validate=validate,
+    )  # fmt: skip
+
+
+@placed(1)
+def _mean_of_rows(owner: ModuleType, logits: Array, call: Call, of_rows: Any) -> float:
+    """Return the weighted mean of a function of rows, which is computed for a block of them at a time."""
+    sums, weights = [], []
+    with np.errstate(all="ignore"):
+        for block in _blocks(call):
+            values = of_rows(owner, block)
+            xp = namespace(values)
+            counts = xp.astype(~is_label(block.target, call.ignore_index), xp.float64)
+            if block.sample_weight is not None:
+                s = _without_bfloat16(block.sample_weight)
+                counts *= xp.astype(s, xp.float64)
+            sums.append(float(xp.sum(xp.where(counts == 0, xp.zeros_like(values), counts * values))))
+            weights.append(float(xp.sum(counts)))
+    total = math.fsum(weights)
+    return math.fsum(sums) / total if total else math.nan
+
+
+def _blocks(call: Call) -> Iterator[Call]:
+    """Cut a call into calls of some of its rows."""
+    axis, shape = call.axis, call.logits.shape
+    size = 8 if check.dtype_name(call.logits.dtype) == "float64" else 4
+    for rows in parts(shape[:axis] + shape[axis + 1 :], max(1, _BLOCK_BYTES // (size * shape[axis]))):
+        yield call._replace(
+            logits=call.logits[(*rows[:axis], slice(None), *rows[axis:])],
+            target=call.target[(*rows, ...)],
+            sample_weight=None if call.sample_weight is None else call.sample_weight[(*rows, ...)],
+        )
+
+
+def _without_bfloat16(x: Array) -> Array:
+    """Return `x`, or its float32 values where it holds bfloat16, with which libraries cannot compute."""
+    if not isinstance(x.dtype, np.dtype) or check.dtype_name(x.dtype) != "bfloat16":
+        return x
+    bits = x["bfloat16"] if x.dtype == BFLOAT16 else x.view(np.uint16)
+    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def log_loss(
@@ -246,7 +359,7 @@ def log_loss(
     .. math:: -\frac1N \sum_i \log p_{i, y_i}, \qquad \text{or} \quad -\frac1N \sum_i \sum_c q_{i c} \log p_{i c}
 
     Arguments and numbers are those of `sklearn.metrics.log_loss`, up to rounding; soft labels and a single class
-    among `y_true` will do, too.
+    among `y_true` will do, too, and so will weights that sum to 0.
 
     Parameters
     ----------
@@ -257,15 +370,17 @@ def log_loss(
         clipped to [eps, 1 - eps], eps being the spacing of their dtype at 1.
     normalize : bool, default True
         Return the mean; else the sum.
-    sample_weight : array or sequence of shape (n,), optional
-        Row weights; the mean divides by their sum.
+    sample_weight : array or sequence of shape (n,), or number, optional
+        Row weights, finite, of either sign; the mean divides by their sum. A weight of 0 removes its row, whatever
+        stands there.
     labels : array or sequence of shape (C,), optional
-        All classes. Without it they are those in `y_true` or, where these are fewer than C and integers, 0..C-1.
+        All classes, each once. Without it they are those in `y_true` or, where these are fewer than C and integers,
+        0..C-1.
 
     Returns
     -------
     float
-        The loss in nats.
+        The loss in nats. The mean is NaN where the weights sum to 0, for which scikit-learn raises an error.
 
     Raises
     ------
@@ -295,85 +410,169 @@ def log_loss(
     normalize = check.flag("normalize", normalize)
     p = _array(y_proba, "y_proba")
     owner = owner_of(p, "y_proba")
-    if check.dtype_name(p.dtype) in ("bool", *check.INTEGERS):  # certain answers
-        p = array_namespace(p).astype(p, array_namespace(p).float64)
-    p = check.typed(p, "y_proba", "float16", "float32", "float64")
-    check.values(owner, p, "y_proba", 0.0, 1.0, "every probability must be between 0 and 1")
-    xp = array_namespace(p)
+    xp = namespace(p)
+    is_whole = check.dtype_name(p.dtype) in ("bool", *check.INTEGERS)  # certain answers
+    dtype = (
+        xp.float64 if is_whole else check.native(check.of_dtype(p, "y_proba", "float16", "float32", "float64").dtype)
+    )
     if p.ndim not in (1, 2) or p.shape[0] == 0:
-        raise ValueError(f"y_proba has shape {p.shape} but must have (n,) or (n, C) with at least one row")
-    if p.ndim == 1 or p.shape[1] == 1:
-        p = xp.reshape(p, (-1, 1))
-        p = xp.concat([1 - p, p], axis=1)
-    eps = float(xp.finfo(p.dtype).eps)
-    p = p if p.dtype in (xp.float32, xp.float64) else xp.astype(p, xp.float32)
-    if not bool(xp.all(xp.abs(xp.sum(p, axis=1) - 1) <= math.sqrt(eps))):
-        warnings.warn("y_proba: there are rows that do not sum to one; they are taken as they are", stacklevel=2)
-    weights = None if sample_weight is None else _row_weights(xp, p, sample_weight)
-
+        raise ValueError(f"y_proba has shape {p.shape}: expected (n,) or (n, C) with at least one row")
     truth = _array(y_true, "y_true")
-    if len(truth.shape) == 2 and truth.shape[1] != 1:
-        losses = _of_soft_labels(xp, p, truth, eps)
+    is_soft = len(truth.shape) == 2 and truth.shape[1] != 1
+    if is_soft and truth.shape != p.shape:
+        raise ValueError(f"y_true has shape {truth.shape}: expected (n,) or {p.shape}, the shape of y_proba")
+    if is_soft:
+        truth = check.of_dtype(truth, "y_true", *check.NUMBERS)
+    weights = None if sample_weight is None else _row_weights(xp, p, sample_weight)
+    if weights is not None and not any(
+        bool(xp.any(_without_bfloat16(weights[rows]) != 0)) for rows in _rows(p.shape[0])
+    ):
+        return math.nan if normalize else 0.0
+    check.values(owner, p, "y_proba", 0.0, 1.0, "expected probabilities between 0 and 1", _like(p, weights))
+    n_columns = p.shape[1] if p.ndim == 2 and p.shape[1] != 1 else 2
+    if is_soft:
+        check.values(owner_of(truth, "y_true"), truth, "y_true", *check.NOT_NEGATIVE, _like(truth, weights))
     else:
-        index = xp.asarray(_class_indices(truth, p.shape, labels), device=device(p))
-        losses = -xp.log(xp.clip(xp.take_along_axis(p, index[:, None], axis=1)[:, 0], eps, 1 - eps))
-    losses = xp.astype(losses, xp.float64)
-    total = float(xp.sum(losses if weights is None else weights * losses))
+        truth = namespace(truth).reshape(truth, (-1,))
+        classes = _classes(truth, weights, (p.shape[0], n_columns), labels)
+    eps, sums, totals, is_normal = float(xp.finfo(dtype).eps), [], [], True
+    with np.errstate(all="ignore"):
+        is_copied = is_soft or p.dtype not in (xp.float32, xp.float64)
+        for rows in _rows(p.shape[0], n_columns if is_copied else 1):
+            q = _side_by_side(p[rows, ...], dtype) if is_copied else p[rows, ...]
+            q = xp.reshape(q, (rows.stop - rows.start, -1))
+            q = xp.concat([1 - q, q], axis=1) if q.shape[1] == 1 else q
+            q = q if dtype in (xp.float32, xp.float64) else xp.astype(q, xp.float32)
+            s = None if weights is None else xp.astype(_without_bfloat16(weights[rows]), xp.float64)
+            is_one = xp.abs(xp.sum(q, axis=1) - 1) <= math.sqrt(eps)
+            is_normal = is_normal and bool(xp.all(is_one if s is None else is_one | (s == 0)))
+            if is_soft:
+                t = _side_by_side(xp.asarray(_without_bfloat16(truth[rows, :]), device=device_of(p)), q.dtype)
+                losses = -xp.sum(t * xp.log(xp.clip(q, eps, 1 - eps)), axis=1)
+            else:
+                place = xp.asarray(_places(classes, truth, rows, s), device=device_of(p))
+                losses = -xp.log(xp.clip(xp.take_along_axis(q, place[:, None], axis=1)[:, 0], eps, 1 - eps))
+            losses = xp.astype(losses, xp.float64)
+            if s is not None:
+                losses = xp.where(s == 0, 0.0, s * losses)
+                totals.append(float(xp.sum(s)))
+            sums.append(float(xp.sum(losses)))
+    if not is_normal:
+        warnings.warn("y_proba: there are rows that do not sum to one; they are taken as they are", stacklevel=2)
     if not normalize:
-        return total
-    scale = p.shape[0] if weights is None else float(xp.sum(weights))
-    return total / scale if scale else math.nan
+        return math.fsum(sums)
+    scale = p.shape[0] if weights is None else math.fsum(totals)
+    return math.fsum(sums) / scale if scale else math.nan
+
+
+def _rows(n: int, width: int = 1) -> Iterator[slice]:
+    """Yield the rows that log_loss computes on at a time, side by side: they depend on the shape alone."""
+    step = max(1, _NUMBERS // width)
+    for start in range(0, n, step):
+        yield slice(start, min(start + step, n))
+
+
+def _side_by_side(x: Array, dtype: Any) -> Array:
+    """Return a copy in C order."""
+    xp = namespace(x)
+    return xp.reshape(xp.astype(xp.reshape(x, (-1,)), dtype), x.shape)
+
+
+def _like(x: Array, weights: Array | None) -> tuple[Array, ...]:
+    """Return the weights of rows as weights of the entries of `x`, where it lies."""
+    if weights is None:
+        return ()
+    xp = namespace(x)
+    weights = weights if namespace(weights) is xp else xp.asarray(weights, device=device_of(x))
+    return (xp.broadcast_to(xp.reshape(weights, (-1, *(1 for _ in x.shape[1:]))), x.shape),)
 
 
 def _array(x: Any, name: str) -> Any:
     """Return arrays as they are computed on, and lists, series and frames as arrays of NumPy."""
+    from array_api_compat import is_cupy_array, is_torch_array
+
     if hasattr(x, "__array_namespace__") or is_torch_array(x) or is_cupy_array(x):
         return owner_of(x, name).view(x, name)
     return np.asarray(x)
 
 
 def _row_weights(xp: Any, p: Array, sample_weight: Any) -> Array:
-    weights = _array(sample_weight, "sample_weight")
-    weights = check.factors(owner_of(weights, "sample_weight"), weights, "sample_weight", True)
-    if weights.shape != p.shape[:1]:
-        raise ValueError(f"sample_weight has shape {weights.shape} but must have {p.shape[:1]}, one weight per row")
-    return xp.asarray(weights, dtype=xp.float64, device=device(p))
+    """Return the checked weights, one a row."""
+    s = check.of_dtype(_array(sample_weight, "sample_weight"), "sample_weight", *check.NUMBERS)
+    check.values(owner_of(s, "sample_weight"), s, "sample_weight", *check.FINITE)
+    if s.shape not in ((), p.shape[:1]):
+        raise ValueError(f"sample_weight has shape {s.shape}: expected {p.shape[:1]}, one weight per row")
+    s = s if namespace(s) is xp else xp.asarray(_without_bfloat16(s), device=device_of(p))
+    return xp.broadcast_to(s, p.shape[:1])
 
 
-def _of_soft_labels(xp: Any, p: Array, truth: Array, eps: float) -> Array:
-    if truth.shape != p.shape:
-        raise ValueError(f"y_true has shape {truth.shape} but must have (n,) or {p.shape}, the shape of y_proba")
-    truth = xp.astype(xp.asarray(truth, device=device(p)), p.dtype)
-    check.values(owner_of(truth, "y_true"), truth, "y_true", *check.NOT_NEGATIVE)
-    return -xp.sum(truth * xp.log(xp.clip(p, eps, 1 - eps)), axis=1)
+def _classes_in(xp: Any, labels: Array, weights: Array | None = None) -> Array:
+    """Return the distinct labels of rows that count, in order, which the standard leaves open."""
+    found, limit = [labels[:0]], _NUMBERS
+    for rows in _rows(labels.shape[0]):
+        part = _counting(xp, labels[rows], None if weights is None else _without_bfloat16(weights[rows]))
+        if part is not None:
+            found.append(xp.unique_values(part))
+        if sum(a.shape[0] for a in found) > limit:
+            found = [xp.unique_values(xp.concat(found))]
+            limit = 2 * found[0].shape[0] + _NUMBERS
+    return xp.sort(xp.unique_values(xp.concat(found)))
 
 
-def _class_indices(truth: Array, shape: tuple[int, int], labels: Any) -> Array:
-    """Return the places of the true classes among all classes."""
-    xp = array_namespace(truth)
-    truth = xp.reshape(truth, (-1,))
+def _counting(xp: Any, labels: Array, weights: Array | None) -> Array | None:
+    """Return labels, of which those that do not count repeat one that does; None if none does."""
+    if weights is None:
+        return labels
+    counts = xp.asarray(weights != 0, device=device_of(labels))
+    if not bool(xp.any(counts)):
+        return None
+    first = xp.argmax(xp.astype(counts, xp.int8))
+    return xp.take(labels, xp.where(counts, xp.arange(labels.shape[0], device=device_of(labels)), first))
+
+
+def _classes(truth: Array, weights: Array | None, shape: tuple[int, int], labels: Any) -> Array:
+    """Return all classes, in order."""
+    xp = namespace(truth)
     if truth.shape[0] != shape[0]:
         raise ValueError(f"y_true has {truth.shape[0]} rows but y_proba has {shape[0]}")
-    found = xp.unique_values(truth)
     if labels is not None:
-        classes = xp.unique_values(xp.asarray(labels))
+        labels = xp.asarray(labels)
+        if labels.ndim != 1 or labels.shape != (classes := _classes_in(xp, labels)).shape:
+            raise ValueError(_bad_labels(xp, labels))
         if classes.shape[0] != shape[1]:
-            raise ValueError(f"labels has {classes.shape[0]} classes but y_proba has {shape[1]}: {classes}")
-        if not bool(xp.all(xp.asarray(labels) == classes)):
-            warnings.warn(f"labels: the columns of y_proba are taken in sorted order, {classes}", stacklevel=3)
-    elif found.shape[0] == shape[1]:
-        classes = found
-    else:
-        classes = _all_classes(xp, found, shape[1])
+            raise ValueError(f"labels has {classes.shape[0]} classes but y_proba has {shape[1]}: {_text(classes)}")
+        if not bool(xp.all(labels == classes)):
+            warnings.warn(f"labels: the columns of y_proba are taken in sorted order, {_text(classes)}", stacklevel=3)
+        return classes
+    found = _classes_in(xp, truth, weights)
+    return found if found.shape[0] == shape[1] else _all_classes(xp, found, truth, shape[1])
+
+
+def _places(classes: Array, truth: Array, rows: slice, weights: Array | None) -> Array:
+    """Return the places of the true classes among all classes, whatever they are in rows that do not count."""
+    xp = namespace(truth)
+    if (truth := _counting(xp, truth[rows], weights)) is None:
+        return xp.zeros(rows.stop - rows.start, dtype=xp.int64)
     place = xp.clip(xp.searchsorted(classes, truth), 0, classes.shape[0] - 1)
-    if not bool(xp.all(xp.take(classes, place) == truth)):
-        flat = int(xp.argmax(xp.astype(xp.take(classes, place) != truth, xp.uint8)))
-        raise ValueError(f"y_true[{flat}] = {truth[flat]} is not one of the classes {classes}")
+    bad = xp.take(classes, place) != truth
+    if bool(xp.any(bad)):
+        counts = bad if weights is None else bad & xp.asarray(weights != 0, device=device_of(truth))
+        at = int(xp.argmax(xp.astype(counts, xp.uint8)))
+        found = check.number_text(truth[at])
+        raise ValueError(f"y_true[{rows.start + at}] = {found} is not one of the classes {_text(classes)}")
     return place
 
 
-def _all_classes(xp: Any, found: Array, n_classes: int) -> Array:
-    """Return the classes of which only some were found."""
+def _bad_labels(xp: Any, labels: Array) -> str:
+    if labels.ndim != 1:
+        return f"labels has shape {labels.shape}: expected (C,), each class once"
+    ordered = xp.sort(labels)
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    return f"labels has the class {check.number_text(twice[0])} more than once: expected each class once"
+
+
+def _all_classes(xp: Any, found: Array, every: Array, n_classes: int) -> Array:
+    """Return the classes of which only some were found in rows that count."""
     kind = check.dtype_name(found.dtype)
     if kind == "bool":
         return xp.asarray([False, True])
@@ -382,7 +581,17 @@ def _all_classes(xp: Any, found: Array, n_classes: int) -> Array:
             return xp.asarray([-1, 1], dtype=found.dtype)
         if int(found[0]) >= 0 and int(found[-1]) < n_classes:
             return xp.astype(xp.arange(n_classes), found.dtype)
+    with contextlib.suppress(TypeError):  # what stands in removed rows need not sort
+        if (others := _classes_in(xp, every)).shape[0] == n_classes:
+            return others
     raise ValueError(
         f"y_true has {found.shape[0]} classes but y_proba has {n_classes}, and which are missing cannot be told: "
-        f"pass all of them as labels; found are {found}"
+        f"pass all of them as labels; found are {_text(found)}"
     )
+
+
+def _text(classes: Array) -> str:
+    try:
+        return str(classes)
+    except ValueError:  # one is an integer of very many digits
+        return f"of dtype {classes.dtype}"

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import copy
 import math
-from fractions import Fraction
+import sys
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
+from numbers import Real
+from operator import attrgetter
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from xce._backends._scan import widen
+from xce import _check as check
+from xce._backends._scan import in_float64, is_label, parts, widen
 from xce._call import Array, normalise
-from xce._check import label_error
-from xce._dispatch import owner_of
+from xce._dispatch import described, owner_of
+from xce._errors import LabelError
 from xce.losses import Reduction, cross_entropy
 
 __all__ = ["LossState"]
+
+_ROWS = 1 << 13  # that are computed on at a time, beside what is kept of them
 
 
 class _Piece(NamedTuple):
@@ -31,13 +39,65 @@ class _Piece(NamedTuple):
     linear: np.ndarray  # sum of weight * (max - logit)
     weight: float  # sum of the class weights
 
+    def of_rows(self, part: slice) -> _Piece:
+        """What they contribute to some of the rows."""
+        return self._replace(
+            max=self.max[part], rest=self.rest[part], label_logit=self.label_logit[part], linear=self.linear[part]
+        )
 
-class _Block(NamedTuple):
-    """Rows that still lack classes."""
 
-    target: np.ndarray
-    sample_weight: np.ndarray
-    pieces: list[_Piece]
+@dataclass
+class _Block:
+    """Adjacent rows that have the same classes so far."""
+
+    first: int
+    is_numbered: bool  # the caller has numbered the rows
+    label: np.ndarray  # int64; -1: the row is removed
+    sample_weight: np.ndarray  # float64
+    pieces: list[_Piece]  # in the order of their classes
+    n_classes: int  # how many classes those have
+
+    @property
+    def stop(self) -> int:
+        return self.first + self.label.size
+
+    def of_rows(self, first: int, stop: int) -> _Block:
+        """The part of rows ``first..stop-1``, with a list of its own."""
+        part = slice(first - self.first, stop - self.first)
+        pieces = [piece.of_rows(part) for piece in self.pieces]
+        return _Block(first, self.is_numbered, self.label[part], self.sample_weight[part], pieces, self.n_classes)
+
+    def add(self, piece: _Piece) -> None:
+        insort(self.pieces, piece, key=attrgetter("start"))
+        self.n_classes += piece.stop - piece.start
+
+
+class _RowSet:
+    """A set of row numbers as disjoint ranges, in their order."""
+
+    def __init__(self) -> None:
+        self.starts: list[int] = []
+        self.stops: list[int] = []
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return zip(self.starts, self.stops, strict=True)
+
+    def add(self, start: int, stop: int) -> None:
+        i, j = bisect_left(self.stops, start), bisect_right(self.starts, stop)
+        if i < j:  # joined with those that it touches
+            start, stop = min(start, self.starts[i]), max(stop, self.stops[j - 1])
+        self.starts[i:j], self.stops[i:j] = [start], [stop]
+
+    def merge_with(self, other: _RowSet) -> None:
+        for start, stop in list(other):
+            self.add(start, stop)
+
+    def common(self, start: int, stop: int) -> tuple[int, int] | None:
+        """The first range that it has in common with another range."""
+        i = bisect_right(self.stops, start)
+        if i == len(self.stops) or self.starts[i] >= stop:
+            return None
+        return max(start, self.starts[i]), min(stop, self.stops[i])
 
 
 class LossState:
@@ -49,21 +109,22 @@ class LossState:
     .. math:: m = \max(m_1, m_2), \qquad r = r_1 + (1 + r_2)\, e^{m_2 - m} \quad (m_1 \ge m_2),
 
     and when all classes of a row have come, its loss is :math:`(m - x_y) + \log(1 + r)`. Pieces are merged in the order
-    of their classes and losses are added exactly, so the result has the same bits whatever the order of arrival.
+    of their classes and losses are added exactly, so the result has the same bits whatever the order of arrival, and
+    however the rows are cut into batches.
 
     Parameters
     ----------
     n_classes : int, optional
         The number of classes of a whole row. None: every update brings whole rows.
     weight : array of shape (n_classes,), optional
-        Class weights.
+        Class weights, finite and not negative.
     ignore_index : int, default -100
-        Rows with this label count nothing.
+        Rows with this label are excluded from loss and denominator.
     label_smoothing : float, default 0.0
         The share of the target that is spread evenly over the classes.
     keep_rows : bool, default False
-        Keep the loss of each row for ``result("none")``: 16 bytes a row. Otherwise the memory of finished rows is
-        constant.
+        Keep the loss of each row for ``result("none")``: 8 bytes a row. Otherwise finished rows take no memory, but for
+        the gaps between their numbers.
 
     Raises
     ------
@@ -73,6 +134,12 @@ class LossState:
     See Also
     --------
     cross_entropy : the same for rows that are there as a whole.
+
+    Notes
+    -----
+    Rows are told apart by their numbers, which `row_offset` of `update` gives; shards of classes need not cut the rows
+    in the same places. Without `row_offset` each state counts its own rows from 0: two states that have seen different
+    whole rows may be merged, unless ``keep_rows=True``, where the numbers say which row is which.
 
     References
     ----------
@@ -100,24 +167,19 @@ class LossState:
         label_smoothing: float = 0.0,
         keep_rows: bool = False,
     ) -> None:
-        if n_classes is not None and (isinstance(n_classes, bool) or not isinstance(n_classes, (int, np.integer))):
-            raise TypeError(f"n_classes is a {type(n_classes).__name__}: it must be None or an integer of at least 1")
-        if n_classes is not None and n_classes < 1:
-            raise ValueError(f"n_classes={n_classes} is not allowed: it must be None or at least 1")
-        self.n_classes = None if n_classes is None else int(n_classes)
-        self.ignore_index = ignore_index
-        self.label_smoothing = label_smoothing
-        if not isinstance(keep_rows, bool):
-            raise TypeError(f"keep_rows is a {type(keep_rows).__name__}: it must be True or False")
-        self.keep_rows = keep_rows
-        self._weight = None if weight is None else np.array(_on_host(weight, "weight"))
-        # the checks of cross_entropy, on a row of zeros
-        zeros = np.broadcast_to(np.zeros(1), (self.n_classes or (1 if self._weight is None else self._weight.size),))
-        cross_entropy(zeros, ignore_index, weight=self._weight, **self._options())
+        if n_classes is not None:
+            n_classes = check.whole("n_classes", n_classes, 1, or_none=True)
+        self.n_classes = n_classes
+        self.ignore_index = check.label("ignore_index", ignore_index)
+        self.label_smoothing = check.real("label_smoothing", label_smoothing)
+        self.keep_rows = check.flag("keep_rows", keep_rows)
+        self._weight = None if weight is None else _class_weight(weight, n_classes)
         self._sum = _ExactSum()
         self._denominator = _ExactSum()
-        self._rows: dict[int, np.ndarray] = {}
-        self._open: dict[int, _Block] = {}
+        self._rows: list[tuple[int, np.ndarray]] = []  # the losses of finished rows, and the number of the first
+        self._open: list[_Block] = []  # disjoint, in the order of their rows
+        self._finished = _RowSet()
+        self._numbered = _RowSet()  # those of the finished rows that the caller has numbered
         self._next_row = 0
 
     def update(
@@ -135,15 +197,16 @@ class LossState:
         ----------
         logits : array of shape (..., width), floating
             Classes ``class_offset`` to ``class_offset + width - 1`` of the rows.
-        target : integer array of shape (...)
-            The labels among all classes, the same for each shard of a row.
+        target : array of integers of shape (...), or int
+            The labels among all classes, the same for each shard of a row; also as floats that are whole numbers.
         class_offset : int, default 0
             The class of the first column.
         row_offset : int, optional
             The number of the first row, to tell which shards belong together when several batches are under way.
             None: the rows after those that are finished.
-        sample_weight : array of the shape of `target`, optional
-            Row weights, the same for each shard of a row.
+        sample_weight : array broadcastable to the shape of `target`, or number, optional
+            Row weights, finite, of either sign, the same for each shard of a row. A weight of 0 removes its row,
+            whatever its logits and its label are.
 
         Returns
         -------
@@ -155,30 +218,40 @@ class LossState:
         LabelError
             A label is neither a class nor `ignore_index`.
         TypeError, ValueError
-            As `cross_entropy`; or the classes do not lie within ``n_classes``, or came before.
+            As `cross_entropy`; or the classes do not lie within ``n_classes``, or some of them came before for some of
+            the rows, or a row has another label or weight than in its other shards. Nothing is changed then.
         """
         owner, x = _on_device(logits)
-        width = x.shape[-1] if x.shape else 0
+        if not x.shape or not x.shape[-1]:
+            raise ValueError(f"logits has shape {x.shape}: expected (..., width), with at least one class")
+        width, rows = x.shape[-1], x.shape[:-1]
         n_classes = width if self.n_classes is None else self.n_classes
-        if isinstance(class_offset, bool) or not isinstance(class_offset, (int, np.integer)):
-            raise TypeError(f"class_offset is a {type(class_offset).__name__}: it must be an integer")
-        if class_offset < 0 or class_offset + width > n_classes:
+        start = check.whole("class_offset", class_offset, 0)
+        if start + width > n_classes:
             hint = "; give LossState(n_classes) to add shards" if self.n_classes is None else ""
             raise ValueError(
-                f"logits hold classes {class_offset}..{class_offset + width - 1}: they must lie within "
-                f"0..{n_classes - 1}{hint}"
+                f"logits hold classes {start}..{start + width - 1}: expected classes within 0..{n_classes - 1}{hint}"
             )
-        first = self._next_row if row_offset is None else row_offset
-        if isinstance(first, bool) or not isinstance(first, (int, np.integer)):
-            raise TypeError(f"row_offset is a {type(first).__name__}: it must be None or an integer of at least 0")
-        if first < 0:
-            raise ValueError(f"row_offset={first} is not allowed: it must be None or at least 0")
-        first, y = int(first), _labels(target)
-        s = None if sample_weight is None else _on_host(sample_weight, "sample_weight")
-        if width == n_classes:
-            self._add_whole(owner, x, y, first, s)
+        first = self._next_row if row_offset is None else check.whole("row_offset", row_offset, 0, or_none=True)
+        s = _row_weight(sample_weight, rows)
+        target = np.asarray(target) if isinstance(target, Real) else _on_host(target, "target")
+        is_whole, n_rows = width == n_classes, math.prod(rows)
+        if not is_whole or not n_rows or target.shape != rows:
+            y = _labels(target, x.shape, n_classes, self.ignore_index, s == 0)
+        check.of_dtype(x, "logits", *check.FLOATS)
+        if not n_rows:
+            return self
+        stop = first + n_rows
+        if is_whole:
+            self._check_classes(first, stop, [(start, start + width)], self._finished)
+            sums = self._whole_sums(owner, x, target, s)
+            self._finish(first, stop, row_offset is not None, *sums)
         else:
-            self._add_piece(owner, x, y, int(class_offset), first, s)
+            block = _Block(first, row_offset is not None, y.ravel(), in_float64(s).ravel(), [], 0)
+            self._check_classes(first, stop, [(start, start + width)], self._finished)
+            self._check_targets(block)
+            block.add(self._whole_piece(owner, x, y, start))
+            self._join(block)
         return self
 
     def merge(self, other: LossState) -> LossState:
@@ -199,25 +272,31 @@ class LossState:
         TypeError
             `other` is no `LossState`.
         ValueError
-            Its options differ, or the same classes of the same rows came to both.
+            Its options differ, or the same classes of the same rows came to both, or a row has another label or weight
+            in its other shards. Nothing is changed then.
         """
         if not isinstance(other, LossState):
-            raise TypeError(f"other is a {type(other).__name__}: it must be a LossState")
+            raise TypeError(f"other is {described(other)}: expected a LossState")
         for name in ("n_classes", "ignore_index", "label_smoothing", "keep_rows"):
             if getattr(self, name) != getattr(other, name):
                 raise ValueError(f"{name} differs: {getattr(self, name)!r} here, {getattr(other, name)!r} in other")
-        if not np.array_equal(self._weight, other._weight):  # type: ignore[arg-type]
+        if not _is_same(self._weight, other._weight):
             raise ValueError("weight differs between the two states")
-        merged = copy.deepcopy(self)  # so that an error half-way changes nothing
-        for first, losses in other._rows.items():
-            merged._keep(first, losses)
-        merged._sum.merge(other._sum)
-        merged._denominator.merge(other._denominator)
-        merged._next_row = max(merged._next_row, other._next_row)
-        for first, block in other._open.items():
-            merged._check_block(first, block)
-            merged._join(first, block)
-        self.__dict__ = merged.__dict__
+        mine, theirs = (self._finished, other._finished) if self.keep_rows else (self._numbered, other._numbered)
+        for first, stop in theirs:
+            self._check_classes(first, stop, [(0, self.n_classes or sys.maxsize)], mine)
+        for block in other._open:
+            self._check_classes(block.first, block.stop, [piece[:2] for piece in block.pieces], mine)
+            self._check_targets(block)
+
+        self._rows += other._rows
+        self._sum.merge(other._sum)
+        self._denominator.merge(other._denominator)
+        self._finished.merge_with(other._finished)
+        self._numbered.merge_with(other._numbered)
+        self._next_row = max(self._next_row, other._next_row)
+        for block in other._open:
+            self._join(block)
         return self
 
     def __copy__(self) -> LossState:
@@ -242,15 +321,15 @@ class LossState:
             Classes of a row are missing, or the reduction is unknown or not available.
         """
         if reduction not in ("mean", "sum", "none"):
-            raise ValueError(f"reduction={reduction!r} is unknown: it must be one of 'mean', 'sum', 'none'")
-        for first, block in self._open.items():
+            raise ValueError(f"reduction={reduction!r} is unknown: expected 'mean', 'sum' or 'none'")
+        for block in self._open:
             gaps = ", ".join(f"{start}..{stop - 1}" for start, stop in self._missing(block.pieces))
-            raise ValueError(f"classes {gaps} of rows {first}..{first + block.target.size - 1} have not come")
+            raise ValueError(f"classes {gaps} of rows {block.first}..{block.stop - 1} have not come")
         if reduction == "none":
             if not self.keep_rows:
                 raise ValueError("reduction='none' needs LossState(keep_rows=True)")
-            blocks = [self._rows[first] for first in sorted(self._rows)]
-            return np.concatenate(blocks) if blocks else np.empty(0)
+            self._rows.sort(key=lambda rows: rows[0])
+            return np.concatenate([np.empty(0), *(losses for _, losses in self._rows)])
         return self._sum.value() if reduction == "sum" else self._sum.over(self._denominator)
 
     def __repr__(self) -> str:
@@ -259,77 +338,139 @@ class LossState:
 
     # ------------------------------------------------------------------------------------------------------------
 
-    def _options(self) -> dict[str, Any]:
-        return {"ignore_index": self.ignore_index, "label_smoothing": self.label_smoothing}
-
-    def _add_whole(self, owner: ModuleType, x: Array, y: np.ndarray, first: int, s: np.ndarray | None) -> None:
+    def _whole_losses(self, owner: ModuleType, x: Array, y: np.ndarray, sample_weight: np.ndarray) -> np.ndarray:
         own = partial(_beside, owner, x)
-        losses = cross_entropy(
-            x, own(y), weight=own(self._weight), sample_weight=own(s), reduction="none", **self._options()
-        )
-        losses = _of_rows(owner, losses)
-        self._close(first, losses, y.ravel(), _weights_of_rows(s, y))
 
-    def _add_piece(
-        self, owner: ModuleType, x: Array, y: np.ndarray, start: int, first: int, s: np.ndarray | None
-    ) -> None:
-        n_classes = self.n_classes or 0
-        if (bad := owner_of(y, "target").scan_labels(y, n_classes, self.ignore_index)) >= 0:
-            raise label_error(y, bad, n_classes, self.ignore_index)
+        def computed(x: Array) -> np.ndarray:
+            losses = cross_entropy(
+                x, own(y), weight=own(self._weight), ignore_index=-1, label_smoothing=self.label_smoothing,
+                reduction="none",
+            )  # fmt: skip
+            return _of_rows(owner, losses)
+
+        losses = computed(x)
+        if np.isinf(losses).any():  # perhaps in float32 only
+            losses = np.where(np.isinf(losses), computed(_in_float64(owner, x)), losses)
+        with np.errstate(all="ignore"):
+            return np.where(y.ravel() < 0, 0.0, sample_weight * losses)
+
+    def _piece(self, owner: ModuleType, x: Array, y: np.ndarray, start: int) -> _Piece:
         stop = start + x.shape[-1]
-        is_here = (y != self.ignore_index) & (y >= start) & (y < stop)
-        local = np.asarray(np.where(is_here, y.astype(np.int64) - start, -1))
+        local = np.where((y >= start) & (y < stop), y - start, -1)
         weight = None if self._weight is None else self._weight[start:stop]
         own = partial(_beside, owner, x)
-        call = normalise(owner, "state", "", 0.0, x, -1, own(local), own(weight), own(s), ignore_index=-1)
+        call = normalise(owner, "state", "", 0.0, x, -1, own(local), own(weight), ignore_index=-1)
         top, rest, label_logit, linear = (_of_rows(owner, a) for a in owner.run(call))
+        if self.label_smoothing and np.isinf(linear).any():  # perhaps in float32 only
+            wide = owner.run(call._replace(logits=_in_float64(owner, x)))
+            linear = np.where(np.isinf(linear), _of_rows(owner, wide[3]), linear)
         if (top == -np.inf).any():  # rows of -inf only add nothing, unless a NaN hides there, as logsumexp tells
-            bare = call._replace(op="logsumexp", target=None, weight=None, sample_weight=None)
+            bare = call._replace(op="logsumexp", target=None, weight=None)
             empty = _of_rows(owner, owner.run(bare)) == -np.inf
             rest[empty], linear[empty] = -1, 0
-        piece = _Piece(start, stop, top, rest, label_logit, linear, _total(weight, stop - start))
-        block = _Block(y.ravel().copy(), _weights_of_rows(s, y), [piece])
-        self._check_block(first, block)
-        self._join(first, block)
+        return _Piece(start, stop, top, rest, label_logit, linear, _total(weight, stop - start))
 
-    def _check_block(self, first: int, block: _Block) -> None:
-        """Raise if the block does not go with what is there."""
-        if self.keep_rows:
-            self._check_free(first, block.target.size)
-        known = self._open.get(first)
-        if known is None:
-            return
-        if not np.array_equal(known.target, block.target):
-            raise ValueError(f"target of the rows from {first} differs from that of their other shards")
-        if not np.array_equal(known.sample_weight, block.sample_weight):
-            raise ValueError(f"sample_weight of the rows from {first} differs from that of their other shards")
-        for a in known.pieces:
-            for b in block.pieces:
-                if a.start < b.stop and b.start < a.stop:
+    def _whole_sums(
+        self, owner: ModuleType, x: Array, target: Array, sample_weight: Array
+    ) -> tuple[np.ndarray | None, _ExactSum, _ExactSum]:
+        """The losses of whole rows, if they are kept, their sum and that of the denominator; a block at a time."""
+        kept = np.empty(target.size) if self.keep_rows else None
+        total, denominator, at = _ExactSum(), _ExactSum(), 0
+        for part in parts(target.shape, _ROWS):
+            logits, s = x[(*part, ...)], in_float64(sample_weight[(*part, ...)])
+            options = x.shape[-1], self.ignore_index
+            try:
+                y = _labels(target[(*part, ...)], logits.shape, *options, s == 0)
+            except (TypeError, ValueError):
+                _labels(target, x.shape, *options, sample_weight == 0)  # says where among all rows
+                raise
+            s = s.ravel()
+            losses = self._whole_losses(owner, logits, y, s)
+            with np.errstate(all="ignore"):
+                denominator.add(self._weights_of(y.ravel()) * s)
+            total.add(losses)
+            if kept is not None:
+                kept[at : at + y.size] = losses
+            at += y.size
+        return kept, total, denominator
+
+    def _whole_piece(self, owner: ModuleType, x: Array, y: Array, start: int) -> _Piece:
+        """The same as `_piece`, a block of rows at a time."""
+        columns, at = [np.empty(y.size) for _ in range(4)], 0
+        for part in parts(y.shape, _ROWS):
+            piece = self._piece(owner, x[(*part, ...)], y[(*part, ...)], start)
+            for column, values in zip(columns, (piece.max, piece.rest, piece.label_logit, piece.linear), strict=True):
+                column[at : at + values.size] = values
+            at += piece.max.size
+        top, rest, label_logit, linear = columns
+        return piece._replace(max=top, rest=rest, label_logit=label_logit, linear=linear)
+
+    def _overlapping(self, first: int, stop: int) -> slice:
+        """Which open blocks have some of the rows."""
+        start = bisect_right(self._open, first, key=attrgetter("stop"))
+        return slice(start, bisect_left(self._open, stop, start, key=attrgetter("first")))
+
+    def _check_classes(self, first: int, stop: int, spans: list[tuple[int, int]], finished: _RowSet) -> None:
+        """Refuse classes of rows that are finished, or have come to open blocks."""
+        if (rows := finished.common(first, stop)) is not None:
+            raise _came_twice(spans[0], rows)
+        for known in self._open[self._overlapping(first, stop)]:
+            for start, end in spans:
+                i = bisect_right(known.pieces, start, key=attrgetter("stop"))
+                if i < len(known.pieces) and (piece := known.pieces[i]).start < end:
+                    classes = max(start, piece.start), min(end, piece.stop)
+                    raise _came_twice(classes, (max(first, known.first), min(stop, known.stop)))
+
+    def _check_targets(self, block: _Block) -> None:
+        """Refuse rows that have another label or weight in open blocks."""
+        for known in self._open[self._overlapping(block.first, block.stop)]:
+            first, stop = max(known.first, block.first), min(known.stop, block.stop)
+            here = slice(first - block.first, stop - block.first)
+            there = slice(first - known.first, stop - known.first)
+            for name, one, other in (
+                ("target", block.label[here], known.label[there]),
+                ("sample_weight", block.sample_weight[here], known.sample_weight[there]),
+            ):
+                if (differs := one != other).any():
+                    row = first + int(differs.argmax())
                     raise ValueError(
-                        f"classes {max(a.start, b.start)}..{min(a.stop, b.stop) - 1} of the rows from {first} came "
-                        "twice: pass row_offset to tell batches apart"
+                        f"{name} of row {row} differs from that of its other shards: pass row_offset to tell batches "
+                        "apart"
                     )
 
-    def _join(self, first: int, block: _Block) -> None:
-        known = self._open.get(first, block._replace(pieces=[]))
-        pieces = sorted(known.pieces + block.pieces)
-        self._open[first] = known._replace(pieces=pieces)
-        if not self._missing(pieces):
-            del self._open[first]
-            self._close(
-                first,
-                self._losses(block.target, block.sample_weight, pieces),
-                block.target,
-                block.sample_weight,
-            )
+    def _join(self, block: _Block) -> None:
+        """Add a block that was checked, which cuts those that it overlaps."""
+        overlapping = self._overlapping(block.first, block.stop)
+        blocks, at = [], block.first
+        for known in self._open[overlapping]:
+            first, stop = max(known.first, block.first), min(known.stop, block.stop)
+            if at < first:
+                blocks.append(block.of_rows(at, first))
+            if known.first < first:
+                blocks.append(known.of_rows(known.first, first))
+            rest = [known.of_rows(stop, known.stop)] if stop < known.stop else []
+            both = known if (first, stop) == (known.first, known.stop) else known.of_rows(first, stop)
+            both.is_numbered |= block.is_numbered
+            for piece in block.of_rows(first, stop).pieces:
+                both.add(piece)
+            if both.n_classes < (self.n_classes or 0):
+                blocks.append(both)
+            else:
+                self._close(both, self._losses(both))
+            blocks += rest
+            at = stop
+        if at < block.stop:
+            blocks.append(block.of_rows(at, block.stop))
+        self._open[overlapping] = blocks
 
     def _missing(self, pieces: list[_Piece]) -> list[tuple[int, int]]:
         ends = [0, *(piece.stop for piece in pieces)]
         starts = [*(piece.start for piece in pieces), self.n_classes or 0]
         return [(end, start) for end, start in zip(ends, starts, strict=True) if end < start]
 
-    def _losses(self, target: np.ndarray, sample_weight: np.ndarray, pieces: list[_Piece]) -> np.ndarray:
+    def _losses(self, block: _Block) -> np.ndarray:
+        """The weighted losses of rows whose classes have all come."""
+        pieces = block.pieces
         with np.errstate(all="ignore"):
             top = np.max([piece.max for piece in pieces], axis=0)
             rest = np.zeros_like(top)
@@ -339,77 +480,116 @@ class LossState:
             for piece in pieces:
                 is_top = (piece.max == top) & ~found
                 found |= is_top
-                rest += np.where(is_top, piece.rest, (1 + piece.rest) * np.exp(piece.max - top))
+                rest += np.where(is_top, piece.rest, (1 + piece.rest) * _exp_of_difference(piece.max, top))
                 shift = np.where(piece.max == top, 0.0, top - piece.max)
                 linear += piece.linear + (piece.weight * shift if piece.weight else 0.0)
                 label_logit = np.where(np.isnan(piece.label_logit), label_logit, piece.label_logit)
             rest = np.where(np.isfinite(top), rest, np.nan)
             log_z = np.log1p(rest)
             n_classes, eps = self.n_classes or 1, self.label_smoothing
-            counted = target != self.ignore_index
-            own = (1 - eps) * self._weights_of(target, counted)
+            own = (1 - eps) * self._weights_of(block.label)
             losses = np.where(own == 0, 0.0, own * ((top - label_logit) + log_z))
             if eps:
                 all_weights = sum(piece.weight for piece in pieces)
                 losses = losses + eps / n_classes * (linear + (all_weights * log_z if all_weights else 0.0))
-            losses = np.where(sample_weight == 0, 0.0, sample_weight * losses)
-            return np.where(counted, np.where(np.isnan(log_z), np.nan, losses), 0.0)
+            losses = block.sample_weight * np.where(np.isnan(log_z), np.nan, losses)
+            return np.where(block.label < 0, 0.0, losses)
 
-    def _weights_of(self, target: np.ndarray, counted: np.ndarray) -> np.ndarray:
-        """The class weight of each row's label; 0 where it is ignored."""
+    def _weights_of(self, label: np.ndarray) -> np.ndarray:
+        """The class weight of each row's label; 0 where there is none."""
         if self._weight is None:
-            return counted.astype(np.float64)
-        return np.where(counted, self._weight.astype(np.float64)[np.where(counted, target, 0)], 0.0)
+            return (label >= 0).astype(np.float64)
+        return np.where(label < 0, 0.0, self._weight.astype(np.float64)[label])
 
-    def _close(self, first: int, losses: np.ndarray, target: np.ndarray, sample_weight: np.ndarray) -> None:
-        if self.keep_rows:
-            self._keep(first, losses)
-        self._next_row = max(self._next_row, first + losses.size)
-        self._sum.add(float(losses.sum()))
-        counted = target != self.ignore_index
-        self._denominator.add(float((self._weights_of(target, counted) * sample_weight).sum()))
+    def _close(self, block: _Block, losses: np.ndarray) -> None:
+        """Add the losses of rows whose classes have all come."""
+        total, denominator = _ExactSum(), _ExactSum()
+        total.add(losses)
+        with np.errstate(all="ignore"):
+            denominator.add(self._weights_of(block.label) * block.sample_weight)
+        self._finish(block.first, block.stop, block.is_numbered, losses, total, denominator)
 
-    def _keep(self, first: int, losses: np.ndarray) -> None:
-        self._check_free(first, losses.size)
-        self._rows[first] = losses
-
-    def _check_free(self, first: int, n_rows: int) -> None:
-        for start, known in self._rows.items():
-            if start < first + n_rows and first < start + known.size:
-                raise ValueError(f"row {max(start, first)} is finished already: pass row_offset to tell rows apart")
+    def _finish(
+        self,
+        first: int,
+        stop: int,
+        is_numbered: bool,
+        losses: np.ndarray | None,
+        total: _ExactSum,
+        denominator: _ExactSum,
+    ) -> None:
+        """Add what is known of rows whose classes have all come."""
+        if self.keep_rows and losses is not None:
+            losses[np.isnan(losses)] = np.nan  # of one sign, whatever was added in which order
+            self._rows.append((first, losses))
+        self._finished.add(first, stop)
+        if is_numbered:
+            self._numbered.add(first, stop)
+        self._next_row = max(self._next_row, stop)
+        self._sum.merge(total)
+        self._denominator.merge(denominator)
 
 
 class _ExactSum:
-    """A sum of floats without rounding, so that it does not depend on the order."""
+    """A sum of float64 without rounding, so that it does not depend on the order, nor on what is added together."""
+
+    UNIT = 1074 + 52  # in bits: all numbers, with their 53 digits, are multiples of 2^-UNIT
 
     def __init__(self) -> None:
-        self.finite = Fraction(0)
-        self.other = 0.0  # infinities and NaN
+        self.total = 0  # in units
+        self.others: set[float] = set()  # infinities; NaN is both of them
 
-    def add(self, x: float) -> None:
-        if math.isfinite(x):
-            self.finite += Fraction(x)
-        else:
-            self.other += x
+    def add(self, x: np.ndarray) -> None:
+        for start in range(0, x.size, 1 << 16):
+            part = x[start : start + (1 << 16)]
+            finite = np.isfinite(part)
+            if not finite.all():
+                rest = part[~finite]
+                self.others.update(sign for sign in (-math.inf, math.inf) if (np.isnan(rest) | (rest == sign)).any())
+                part = part[finite]
+            if part.size:
+                self._add_finite(part)
+
+    def _add_finite(self, x: np.ndarray) -> None:
+        """Sum whole numbers of 53 bits by their exponents, in halves whose sums float64 holds."""
+        digits, exponents = np.frexp(x)
+        whole = np.ldexp(digits, 53).astype(np.int64)
+        lowest = int(exponents.min())
+        places = exponents - lowest
+        high, low = np.bincount(places, whole >> 26), np.bincount(places, whole & ((1 << 26) - 1))
+        for place in np.flatnonzero((high != 0) | (low != 0)).tolist():
+            part = (int(high[place]) << 26) + int(low[place])
+            self.total += part << (lowest + place - 53 + self.UNIT)
 
     def merge(self, more: _ExactSum) -> None:
-        self.finite += more.finite
-        self.other += more.other
+        self.total += more.total
+        self.others |= more.others
 
     def value(self) -> float:
-        return self.other if self.other else _float(self.finite)
+        return self._over(1 << self.UNIT)
 
     def over(self, denominator: _ExactSum) -> float:
-        if not denominator.finite or denominator.other:
+        if not denominator.total or denominator.others:
             return math.nan
-        return self.other if self.other else _float(self.finite / denominator.finite)
+        return self._over(denominator.total)
+
+    def _over(self, units: int) -> float:
+        if self.others:
+            limit = self.others.copy()
+            return math.nan if len(limit) > 1 else limit.pop() * (1 if units > 0 else -1)
+        try:
+            return self.total / units  # of integers: rounded once
+        except OverflowError:
+            return math.inf if (self.total > 0) == (units > 0) else -math.inf
 
 
-def _float(x: Fraction) -> float:
-    try:
-        return float(x)
-    except OverflowError:
-        return math.inf if x > 0 else -math.inf
+def _exp_of_difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """exp(a - b), with what the difference rounds away (Knuth's two-sum)."""
+    difference = a - b
+    part = difference - a
+    rest = (a - (difference - part)) - (b + part)
+    corrected: np.ndarray = np.exp(difference) * (1 + np.where(np.isfinite(rest), rest, 0.0))
+    return corrected
 
 
 def _on_device(logits: Array) -> tuple[ModuleType, Array]:
@@ -428,16 +608,68 @@ def _on_host(x: Array, name: str) -> np.ndarray:
     return widen(owner_of(x, name).to_numpy(x))  # type: ignore[no-any-return]
 
 
-def _labels(target: Array) -> np.ndarray:
-    """Class indices as a NumPy array in native byte order."""
-    y = _on_host(target, "target")
-    if y.dtype.kind not in "iu":
-        raise TypeError(f"target has dtype {y.dtype}: LossState takes class indices, of an integer dtype")
-    return y.astype(y.dtype.newbyteorder("="), copy=False)
+def _class_weight(weight: Array, n_classes: int | None) -> np.ndarray:
+    """A checked copy of the class weights."""
+    w = np.array(_on_host(weight, "weight"))
+    if check.dtype_name(w.dtype) in check.INTEGERS:
+        w = w.astype(np.float64)
+    return check.class_weight(owner_of(w, "weight"), w, w.size if n_classes is None else n_classes, True)  # type: ignore[no-any-return]
 
 
-def _weights_of_rows(sample_weight: np.ndarray | None, y: np.ndarray) -> np.ndarray:
-    return np.ones(y.size) if sample_weight is None else np.broadcast_to(sample_weight, y.shape).ravel().astype(float)
+def _row_weight(sample_weight: Any, rows: tuple[int, ...]) -> np.ndarray:
+    """The checked sample weights, one a row."""
+    if sample_weight is None:
+        return np.broadcast_to(1.0, rows)
+    s = np.asarray(sample_weight) if isinstance(sample_weight, Real) else _on_host(sample_weight, "sample_weight")
+    s = check.of_dtype(s, "sample_weight", *check.NUMBERS)
+    check.values(owner_of(s, "sample_weight"), s, "sample_weight", *check.FINITE)
+    return check.broadcast(s, "sample_weight", rows, "the rows")  # type: ignore[no-any-return]
+
+
+def _labels(
+    target: Any, shape: tuple[int, ...], n_classes: int, ignore_index: int, is_removed: np.ndarray
+) -> np.ndarray:
+    """The checked labels, in int64; -1 where a row is ignored or removed."""
+    y = np.asarray(target) if isinstance(target, Real) else _on_host(target, "target")
+    kind, rows = check.dtype_name(y.dtype), shape[:-1]
+    is_float = kind in check.FLOATS
+    if not (is_float or kind in (*check.INTEGERS, "int4", "uint4")) or (is_float and y.shape == shape):
+        raise TypeError(f"target has dtype {kind} and shape {y.shape}: expected class indices of shape {rows}")
+    if y.shape != rows:
+        raise ValueError(f"target has shape {y.shape}: expected {rows}, that of logits without the classes")
+    if is_float or kind in ("int4", "uint4"):
+        y = in_float64(y)
+    with np.errstate(all="ignore"):
+        counted = ~is_label(y, ignore_index) & ~is_removed
+        bad = counted & ~((y >= 0) & (y < n_classes))
+        if is_float:
+            bad |= counted & (np.floor(y) != y)
+    if bad.any():
+        place = int(bad.argmax())
+        if is_float:
+            raise _no_label(y, place, n_classes, ignore_index)
+        raise check.label_error(y, place, n_classes, ignore_index)
+    labels = np.full(rows, -1)
+    with np.errstate(all="ignore"):
+        np.copyto(labels, y, "unsafe", counted)
+    return labels
+
+
+def _no_label(y: np.ndarray, flat: int, n_classes: int, ignore_index: int) -> LabelError:
+    index = ", ".join(str(int(i)) for i in np.unravel_index(flat, y.shape))
+    return LabelError(
+        f"target{f'[{index}]' if index else ''} = {y.ravel()[flat]:g} is no label: expected a whole number in "
+        f"0..{n_classes - 1}, or ignore_index={ignore_index}"
+    )
+
+
+def _is_same(one: np.ndarray | None, other: np.ndarray | None) -> bool:
+    return one is other if one is None or other is None else np.array_equal(one, other)
+
+
+def _came_twice(classes: tuple[int, int], rows: tuple[int, int]) -> ValueError:
+    which = "all classes" if classes[1] == sys.maxsize else f"classes {classes[0]}..{classes[1] - 1}"
+    return ValueError(f"{which} of rows {rows[0]}..{rows[1] - 1} came twice: pass row_offset to tell batches apart")
 
 
 def _beside(owner: ModuleType, x: Array, a: np.ndarray | None) -> Array:
@@ -446,8 +678,15 @@ def _beside(owner: ModuleType, x: Array, a: np.ndarray | None) -> Array:
 
 
 def _of_rows(owner: ModuleType, x: Array) -> np.ndarray:
-    return np.ravel(owner.to_numpy(x)).astype(np.float64)
+    return np.ravel(in_float64(owner.to_numpy(x)))
+
+
+def _in_float64(owner: ModuleType, x: Array) -> Array:
+    return owner.from_numpy(in_float64(owner.to_numpy(x)), x)
 
 
 def _total(weight: np.ndarray | None, width: int) -> float:
-    return float(width) if weight is None else float(np.sum(weight, dtype=np.float64))
+    if weight is None:
+        return float(width)
+    with np.errstate(all="ignore"):  # the sum of large weights may be infinite
+        return float(np.sum(weight, dtype=np.float64))

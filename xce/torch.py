@@ -17,6 +17,10 @@ gradient of its row NaN, and the mean with them (PyTorch stops the program, and 
 probabilities are taken as they are. `torch.cuda.graph` captures a call like any other, after one call that is not
 captured, which compiles the kernels.
 
+With ``XCE_TORCH_FALLBACK=0`` in the environment when this module is imported, nothing goes to PyTorch unnoticed: a call
+that the kernels cannot take is a `RuntimeError`, and what xce refuses is its own error. Second derivatives are still
+PyTorch's.
+
 Examples
 --------
 >>> import torch
@@ -30,6 +34,7 @@ Examples
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -64,6 +69,11 @@ __all__ = [
     "nll_loss",
     "soft_margin_loss",
 ]
+
+_fallback = os.environ.get("XCE_TORCH_FALLBACK") or "1"
+if _fallback not in ("0", "1"):
+    raise ImportError(f"XCE_TORCH_FALLBACK={_fallback!r} is not allowed: expected 0 or 1")
+_falls_back = _fallback == "1"
 
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _LABELS = {torch.int64, torch.uint8}
@@ -137,8 +147,19 @@ def _compute(
         except xce.LabelError:
             raise
         except (TypeError, ValueError):
-            pass
+            if not _falls_back:
+                raise
+    else:
+        _to_pytorch(name)
     return loss.theirs(**tensors, **options)
+
+
+def _to_pytorch(name: str) -> None:
+    """Refuse to let PyTorch compute, where nobody would notice and somebody wants to."""
+    if not _falls_back:
+        raise RuntimeError(
+            f"the kernels of xce cannot take this call of {name}, and XCE_TORCH_FALLBACK=0 keeps it from PyTorch"
+        )
 
 
 def _value_dtype(loss: _Loss, tensors: _Tensors) -> torch.dtype | None:
@@ -154,6 +175,8 @@ def _value_dtype(loss: _Loss, tensors: _Tensors) -> torch.dtype | None:
         devices.add(x.device)
         if x.requires_grad and name not in loss.by and torch.is_grad_enabled():
             return None
+        if x is target and loss.has_labels and x.dtype in _FLOATS and x.ndim != tensors["input"].ndim:
+            return None  # labels among floats: xce takes them, PyTorch refuses
         if x.dtype in _FLOATS:
             dtypes.add(x.dtype)
         elif not (x is target and loss.has_labels and x.dtype in _LABELS):
@@ -559,6 +582,7 @@ if hasattr(F, "linear_cross_entropy"):
             "label_smoothing": label_smoothing,
         }
         if options is not None:
+            _to_pytorch("linear_cross_entropy")
             theirs: Callable[..., Tensor] = F.linear_cross_entropy
             return theirs(**tensors, **others, options=options)
         return _compute("linear_cross_entropy", tensors, **others)

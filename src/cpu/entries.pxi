@@ -20,79 +20,97 @@ cdef inline Py_ssize_t place_of(const View *v, int operand, Py_ssize_t c, bint w
     return c * (<Py_ssize_t>sizeof(storage) if wide and level != FULL else v.step[operand])
 
 
+cdef inline real read(
+    const View *v, int operand, Py_ssize_t c, int n, scalar fill, bint wide, int level
+) noexcept nogil:
+    """Entries of an operand from class c on; `fill` in lanes past the n-th."""
+    if level == FULL and v.kind[operand] != 0:
+        return r_gather_numbers(v.at[operand] + c * v.step[operand], v.lane[operand], n, fill, v.kind[operand])
+    return fetch(
+        v.at[operand] + place_of(v, operand, c, wide, level), v.lane[operand], n, fill, wide and level != FULL
+    )
+
+
+cdef inline void write_to(
+    const View *v, int operand, Py_ssize_t c, real a, int n, bint wide, int level
+) noexcept nogil:
+    if level == FULL and v.kind[operand] != 0:
+        r_scatter_numbers(v.at[operand] + c * v.step[operand], v.lane[operand], a, n, v.kind[operand])
+    else:
+        put(v.at[operand] + place_of(v, operand, c, wide, level), v.lane[operand], a, n, wide and level != FULL)
+
+
 cdef inline rmask remaining(const View *v, Py_ssize_t c, int n) noexcept nogil:
     return r_gather_bytes(v.at[WHERE] + c * v.step[WHERE], v.lane[WHERE], n)
 
 
-cdef inline real raw_logits(const View *v, Py_ssize_t c, int n, bint wide) noexcept nogil:
-    return fetch(v.at[X] + c * v.step[X], v.lane[X], n, -INF if wide else 0, False)
-
-
-cdef real transformed(const Job *job, const View *v, Py_ssize_t c, int n, real x) noexcept nogil:
-    """Raw logits as the loss takes them; removed classes are -inf."""
-    if job.transforms:
-        x = transform_logit(job.transform, x)
-    if v.at[WHERE] != NULL:
-        x = r_select(remaining(v, c, n), x, r_set(-INF))
-    return x
-
-
 cdef inline real logits(const Job *job, const View *v, Py_ssize_t c, int n, bint wide, int level) noexcept nogil:
-    """Logits from class c on; -inf past the end of a row."""
+    """Logits from class c on, as they were given; -inf past the end of a row and for removed classes."""
     cdef real x
     if not wide and v.kept_logits != NULL:
         return v.kept_logits[c]
-    if level == FULL:
-        return transformed(job, v, c, n, raw_logits(v, c, n, wide))
-    x = fetch(v.at[X] + place_of(v, X, c, wide, level), v.lane[X], n, -INF if wide else 0, wide)
-    return transform_logit(job.transform, x) if level == MIXED and job.transforms else x
+    x = read(v, X, c, n, -INF if wide else 0, wide, level)
+    if level == FULL and v.at[WHERE] != NULL:
+        x = r_select(remaining(v, c, n), x, r_set(-INF))
+    return x
 
 
 cdef inline real teacher_logits(
     const Job *job, const View *v, Py_ssize_t c, int n, bint wide, int level
 ) noexcept nogil:
-    """The teacher's, transformed likewise."""
+    """The teacher's likewise; at its own classes, if these are not all."""
     cdef real y
-    if not wide and v.kept_teacher != NULL:
-        return v.kept_teacher[c]
-    y = fetch(
-        v.at[Q] + place_of(v, Q, c, wide, level), v.lane[Q], n, -INF if wide else 0, wide and level != FULL
-    )
-    return transform_logit(job.transform, y) if job.transforms else y
+    if v.kept_teacher != NULL:
+        return v.kept_teacher[c // LANES if wide else c]
+    y = read(v, Q, c, n, -INF if wide else 0, wide, level)
+    if level == FULL and v.at[WHERE] != NULL:
+        y = r_select(remaining(v, c, n), y, r_set(-INF))
+    return y
 
 
-cdef inline log_prob entries(const View *v, real x, real p) noexcept nogil:
+cdef real_pair capped_distances(const Job *job, const logit_origin *origin, real x) noexcept nogil:
+    return distance_by_softcap(job.transform, origin[0], x)
+
+
+cdef inline real_pair distances(const Job *job, const logit_origin *origin, real x) noexcept nogil:
+    """Transformed logits less the greatest of their row."""
+    if job.transform.softcap.high != 0:
+        return capped_distances(job, origin, x)
+    return distance_by_temperature(job.transform, origin[0], x)
+
+
+cdef inline real_pair entries(const Job *job, const View *v, real x, int level) noexcept nogil:
+    """Logits as the loss takes them."""
+    cdef real_pair z
+    if level >= MIXED and job.by_distance:
+        return distances(job, &v.by.origin, x)
+    z.high, z.low = x, r_set(0)
+    return z
+
+
+cdef inline real exp_of(const Job *job, const View *v, real_pair z, int level) noexcept nogil:
+    if level >= MIXED and job.by_distance:
+        return r_exp_relative_pair(z, v.ref)
+    return r_exp_relative(z.high, v.ref)
+
+
+cdef inline log_prob log_probs(const View *v, real_pair z, real p) noexcept nogil:
     cdef log_prob at
-    at.u, at.p, at.not_p = (x - v.max) - v.log_z, p, r_set(1) - p
-    at.v, at.t, at.d = r_set(0), r_set(0), r_set(0)
+    at.u, at.p, at.not_p = ((z.high - v.max) - v.log_z) + z.low, p, r_set(1) - p
     return at
 
 
-cdef inline void add_teacher(const View *v, real x, real y, log_prob *at) noexcept nogil:
-    cdef row_state student, teacher
-    student.max, student.log_z = v.max, v.log_z
-    teacher.max, teacher.log_z, teacher.inverse = v.teacher_max, v.teacher_log_z, v.teacher_inverse
-    teacher.ref = v.teacher_ref
-    row_teacher(student, teacher, x, y, at)
-
-
 cdef inline real coefficients(const Job *job, const View *v, Py_ssize_t c, int n, bint wide, int level) noexcept nogil:
-    """The dense coefficients d = w ((1 - eps) q + eps / C); 0 past the end of a row and where a class is removed."""
+    """The dense coefficients d = w ((1 - eps) q + eps / C), without eps / C for removed classes; 0 past the end."""
     cdef real d = v.share
-    if level == FULL and job.q_is_scalar:
-        d = r_fma(r_set(job.label_share), r_gather_scalars(v.at[Q] + c * v.step[Q], v.lane[Q], n), d)
-    elif v.at[Q] != NULL:
-        d = r_fma(
-            r_set(job.label_share),
-            fetch(v.at[Q] + place_of(v, Q, c, wide, level), v.lane[Q], n, 0, wide and level != FULL),
-            d,
-        )
+    if level == FULL and v.at[WHERE] != NULL:  # smoothing spreads over the others
+        d = r_select(remaining(v, c, n), d, r_set(0))
+    if v.at[Q] != NULL:
+        d = r_fma(r_set(job.label_share), read(v, Q, c, n, 0, wide, level), d)
     if job.weight != NULL:
         d = d * (load_scalars(job.weight + c, n) if wide else r_set(job.weight[c]))
     if wide and n < LANES:
         d = r_select(r_first_lanes(n), d, r_set(0))
-    if level == FULL and v.at[WHERE] != NULL:
-        d = r_select(remaining(v, c, n), d, r_set(0))
     return d
 
 
@@ -107,9 +125,21 @@ cdef inline real load_scalars(const scalar *p, int n) noexcept nogil:
 
 
 cdef inline real without_top(const View *v, real a, Py_ssize_t c, bint wide) noexcept nogil:
+    return without(a, v.top, v.tops, c, wide)
+
+
+cdef inline real without(real a, Py_ssize_t place, real places, Py_ssize_t c, bint wide) noexcept nogil:
     if wide:
-        return r_select(r_eq(r_iota(), r_set(<scalar>(v.top - c))), r_set(0), a)
-    return r_select(r_eq(v.tops, r_set(<scalar>c)), r_set(0), a)
+        return r_select(r_eq(r_iota(), r_set(<scalar>(place - c))), r_set(0), a)
+    return r_select(r_eq(places, r_set(<scalar>c)), r_set(0), a)
+
+
+cdef inline jet phi_of(
+    const Job *job, const View *v, int phi, real_pair z, real_pair e, real d, log_prob *at, real *slope
+) noexcept nogil:
+    """phi of entries with coefficients, where its slopes are measured against the top entry's."""
+    at[0] = log_probs(v, z, e.high * v.inverse)
+    return relative_phi(v.by.slope, at[0], z, e, d, phi, job.parameter, slope)
 
 
 cdef inline void terms(
@@ -117,20 +147,28 @@ cdef inline void terms(
     bint wide, int level, int kind, int keep, bint skip_top, real *out,
 ) noexcept nogil:
     """What an entry adds to the sums of its row; the top entry adds nothing."""
-    cdef real x = logits(job, v, c, n, wide, level), e = r_exp_relative(x, v.ref), d
+    cdef real x, e, d
+    cdef real_pair z, parts
     cdef log_prob at
     cdef jet phi
-    if kind == SUM_PHI:
-        at = entries(v, x, e * v.inverse)
-        if job.teacher != NULL:
-            add_teacher(v, x, teacher_logits(job, v, c, n, wide, level), &at)
-            phi = loss_phi(job.phi, at, job.parameter)
-            out[0], out[1], out[2] = phi.value, phi.d1, phi.d2
-        else:
-            phi = loss_phi(job.phi, at, job.parameter)
-            d = coefficients(job, v, c, n, wide, level)
-            out[0], out[1], out[2] = weighted(d, phi.value), weighted(d, phi.d1), weighted(d, phi.d2)
+    if kind >= SUM_DIVERGENCE and keep == PAIRED:
+        terms_of_match(job, v, kept_match(v, c, wide), c, wide, kind, keep, skip_top, out)
+        return
+    x = logits(job, v, c, n, wide, level)
+    z = entries(job, v, x, level)
+    if kind >= SUM_TEACHER:
+        terms_of_pair(job, v, z, teacher_logits(job, v, c, n, wide, level), c, wide, kind, keep, skip_top, out)
+        return
+    if kind >= SUM_PHI:
+        d, parts = coefficients(job, v, c, n, wide, level), r_exp_pair_near(z).exp
+        phi = phi_of(job, v, kind - SUM_PHI, z, parts, d, &at, &out[3])
+        if keep == PAIRED:
+            keep_part(v, 0, c, wide, parts.high)
+            keep_part(v, 1, c, wide, out[3])
+            keep_part(v, 2, c, wide, weighted(d, phi.d2))
+        out[0], out[1], out[2] = weighted(d, phi.value), weighted(d, phi.d1), weighted(d, phi.d2)
     else:
+        e = exp_of(job, v, z, level)
         if keep == IN_GRAD:
             put(v.at[GRAD] + place_of(v, GRAD, c, wide, level), v.lane[GRAD], e, n, True)
         elif keep == STAGED:
@@ -138,33 +176,77 @@ cdef inline void terms(
         out[0] = e
         if kind == SUM_LINEAR:
             d = coefficients(job, v, c, n, wide, level)
-            out[1], out[2] = weighted(d, v.max - x), d
+            out[1], out[2] = weighted(d, v.max - z.high), d
         elif kind == SUM_STATS:
-            out[1] = weighted(e, v.max - x)
+            out[1] = weighted(e, v.max - z.high)
             out[2] = r_select(r_gt(x, v.label_logit), r_set(1), r_set(0))
+        elif kind == SUM_OUTSIDE:
+            out[1] = r_select(r_lanes_in(v.teacher_has[c // LANES if wide else c]), r_set(0), e)
+            out[2] = r_set(0)
     if skip_top:
         out[0] = without_top(v, out[0], c, wide)
         if kind != SUM_EXP:
             out[1], out[2] = without_top(v, out[1], c, wide), without_top(v, out[2], c, wide)
+        if kind >= SUM_PHI:
+            out[3] = without_top(v, out[3], c, wide)
 
 
-cdef inline jet sparse_entries(
-    const Job *job, const View *v, Py_ssize_t c, int n, bint wide, log_prob *at
+cdef inline void terms_of_pair(
+    const Job *job, const View *v, real_pair x, real teacher_logit, Py_ssize_t c,
+    bint wide, int kind, int keep, bint skip_top, real *out,
 ) noexcept nogil:
-    """The divergence at places c on of a sparse teacher's classes."""
-    cdef real x = v.picked[c // LANES if wide else c]
-    at[0] = entries(v, x, r_exp_relative(x, v.ref) * v.inverse)
-    add_teacher(v, x, teacher_logits(job, v, c, n, wide, FULL), at)
-    return loss_phi(job.phi, at[0], job.parameter)
+    """The same of student and teacher."""
+    cdef real_pair y = distances(job, &v.by.teacher_origin, teacher_logit), gap
+    if kind != SUM_TEACHER:
+        terms_of_match(job, v, match_entry(v.by.match, x, y), c, wide, kind, keep, skip_top, out)
+        return
+    gap = distance_gap(x, y)
+    out[0], out[2] = r_exp_relative_pair(y, v.ref), r_exp_relative_pair(x, v.ref)
+    out[1] = exp_difference(out[2], out[0], gap.high + gap.low)
+    if keep == PAIRED:
+        keep_part(v, 0, c, wide, out[2])
+        keep_part(v, 1, c, wide, out[0])
+        keep_part(v, 2, c, wide, gap.high)
+        keep_part(v, 3, c, wide, gap.low)
+    if skip_top:
+        out[0] = without(out[0], v.teacher_top, v.teacher_tops, c, wide)
+        out[2] = without_top(v, out[2], c, wide)
 
 
-cdef void terms_sparse(const Job *job, const View *v, Py_ssize_t c, int n, bint wide, real *out) noexcept nogil:
-    cdef log_prob at
-    cdef jet phi = sparse_entries(job, v, c, n, wide, &at)
-    cdef real outside = at.p * r_set(share_outside(job.phi))
-    out[0] = without_top(v, phi.value - outside, c, wide)
-    out[1] = without_top(v, phi.d1 - outside, c, wide)
-    out[2] = without_top(v, phi.d2 - outside, c, wide)
+cdef inline void keep_part(const View *v, int part, Py_ssize_t c, bint wide, real a) noexcept nogil:
+    v.kept_pair[part * v.kept_step + (c // LANES if wide else c)] = a
+
+
+cdef inline real kept_part(const View *v, int part, Py_ssize_t c, bint wide) noexcept nogil:
+    return v.kept_pair[part * v.kept_step + (c // LANES if wide else c)]
+
+
+cdef inline prob_pair kept_match(const View *v, Py_ssize_t c, bint wide) noexcept nogil:
+    cdef real_pair gap
+    gap.high, gap.low = kept_part(v, 2, c, wide), kept_part(v, 3, c, wide)
+    return match_gap(v.by.match, kept_part(v, 0, c, wide), kept_part(v, 1, c, wide), gap)
+
+
+cdef inline void terms_of_match(
+    const Job *job, const View *v, prob_pair at, Py_ssize_t c, bint wide, int kind, int keep, bint skip_top, real *out,
+) noexcept nogil:
+    cdef jet f = divergence_term(FIRST_DIVERGENCE + kind - SUM_DIVERGENCE, at, v.by.match)
+    if keep == PAIRED:
+        keep_part(v, 0, c, wide, at.p)
+        keep_part(v, 1, c, wide, f.d1)
+        keep_part(v, 2, c, wide, f.d2)
+    out[0] = without_top(v, f.value, c, wide) if skip_top else f.value
+    if kind == SUM_DIVERGENCE:         # the forward one needs no other sum
+        return
+    out[1], out[2] = weighted(at.p, f.d1), weighted(at.p, f.d2)
+    if skip_top:
+        out[1], out[2] = without_top(v, out[1], c, wide), without_top(v, out[2], c, wide)
+
+
+cdef void terms_sparse(const Job *job, const View *v, Py_ssize_t c, bint wide, int kind, real *out) noexcept nogil:
+    """At places c on of a sparse teacher's classes."""
+    cdef real_pair x = distances(job, &v.by.origin, v.picked[c // LANES if wide else c])
+    terms_of_pair(job, v, x, v.kept_teacher[c // LANES if wide else c], c, wide, kind, FORGET, True, out)
 
 
 cdef void terms_full(
@@ -178,44 +260,63 @@ cdef inline void write(
 ) noexcept nogil:
     """The outputs of the entries, from what row_finish found for their rows."""
     cdef bint dense = level == DENSE or (level >= MIXED and job.dense)
-    cdef real x = r_set(0), e, d, p, g, h
+    cdef bint paired = level >= MIXED and dense and job.teacher != NULL
+    cdef real e, d, p, g, h, slope
+    cdef real_pair z, parts
     cdef log_prob at
+    cdef prob_pair match
     cdef jet phi
+    z.high, z.low, slope, d = r_set(0), r_set(0), r_set(0), r_set(0)
     if job.what == LOG_SOFTMAX:
-        g = (logits(job, v, c, n, wide, level) - v.max) - v.log_z
-        put(v.at[GRAD] + place_of(v, GRAD, c, wide, level), v.lane[GRAD], g, n, wide and level != FULL)
+        z = entries(job, v, logits(job, v, c, n, wide, level), level)
+        g = ((z.high - v.max) - v.log_z) + z.low
+        if level == FULL and v.at[WHERE] != NULL:  # also in a row of which nothing is left
+            g = r_select(remaining(v, c, n), g, r_set(-INF))
+        write_to(v, GRAD, c, g, n, wide, level)
         return
-    if keep == IN_GRAD:
-        e = fetch(v.at[GRAD] + place_of(v, GRAD, c, wide, level), v.lane[GRAD], n, 0, True)
-    elif keep == STAGED:
-        e = v.kept_exp[c // LANES if wide else c]
-    else:
-        x = logits(job, v, c, n, wide, level)
-        e = r_exp_relative(x, v.ref)
-    g = e * v.out_exp
-    p = e * v.inverse
-    h = p * r_fma(p, v.out_hess2, v.out_hess1)
-    if dense:
-        if level >= MIXED and not job.linear:
-            at = entries(v, x, p)
-            if job.teacher != NULL:
-                add_teacher(v, x, teacher_logits(job, v, c, n, wide, level), &at)
-                phi = loss_phi(job.phi, at, job.parameter)
-            else:
-                phi = loss_phi(job.phi, at, job.parameter)
-                d = coefficients(job, v, c, n, wide, level)
-                phi.d1, phi.d2 = weighted(d, phi.d1), weighted(d, phi.d2)
-            g = g + v.factor * phi.d1
-            h = h + v.factor * (phi.d2 * (at.not_p - p))
+    if paired:
+        if keep == PAIRED:
+            p, phi.d1, phi.d2 = kept_part(v, 0, c, wide), kept_part(v, 1, c, wide), kept_part(v, 2, c, wide)
         else:
+            match = match_entry(
+                v.by.match, entries(job, v, logits(job, v, c, n, wide, level), level),
+                distances(job, &v.by.teacher_origin, teacher_logits(job, v, c, n, wide, level)),
+            )
+            phi, p = divergence_term(job.phi, match, v.by.match), match.p
+        phi = match_derivatives(job.phi, phi, p, v.factor, v.b, v.d)
+        g, h = phi.d1, phi.d2
+    else:
+        if keep == IN_GRAD:
+            e = fetch(v.at[GRAD] + place_of(v, GRAD, c, wide, level), v.lane[GRAD], n, 0, True)
+        elif keep == STAGED:
+            e = v.kept_exp[c // LANES if wide else c]
+        elif keep == PAIRED:
+            e, slope, d = kept_part(v, 0, c, wide), kept_part(v, 1, c, wide), kept_part(v, 2, c, wide)
+        else:
+            z = entries(job, v, logits(job, v, c, n, wide, level), level)
+            if dense and level >= MIXED and job.relative:
+                d, parts = coefficients(job, v, c, n, wide, level), r_exp_pair_near(z).exp
+                phi, e = phi_of(job, v, job.phi, z, parts, d, &at, &slope), parts.high
+                d = weighted(d, phi.d2)
+            else:
+                e = exp_of(job, v, z, level)
+        g = e * v.out_exp
+        p = e * v.inverse
+        h = p * r_fma(p, v.out_hess2, v.out_hess1)
+        if dense and level >= MIXED and job.relative:
+            g = g + v.factor * slope
+            h = h + v.factor * (d * ((r_set(1) - p) - p))
+        elif dense:
             d = coefficients(job, v, c, n, wide, level)
             g = r_fma(d, r_set(0) - v.factor, g)
+    if level == FULL and job.z_loss != 0 and job.what == LOSS:
+        add_far(v.far, v.factor, p, r_set(1) - p, &g, &h)
     if level == MIXED and job.transforms and job.what == LOSS:
-        transform_derivatives(job.transform, r_set(0), &g, &h)
+        transform_derivatives(job.transform, r_set(0), &g, &h if job.want_hess else NULL)
     if level == FULL:
         if job.transforms and job.what == LOSS:
             transform_derivatives(
-                job.transform, fetch(v.at[X] + c * v.step[X], v.lane[X], n, 0, False), &g, &h
+                job.transform, read(v, X, c, n, 0, wide, FULL), &g, &h if job.want_hess else NULL
             )
         if v.at[WHERE] != NULL:
             g = r_select(remaining(v, c, n), g, r_set(0))
@@ -224,8 +325,8 @@ cdef inline void write(
         g = r_select(v.active, g, r_set(0))
         h = r_select(v.active, h, r_set(0))
     if job.want_hess:
-        put(v.at[HESS] + place_of(v, HESS, c, wide, level), v.lane[HESS], h, n, wide and level != FULL)
+        write_to(v, HESS, c, h, n, wide, level)
     if not wide and v.turned_grad != NULL:
         v.turned_grad[c] = g
     elif job.want_grad:
-        put(v.at[GRAD] + place_of(v, GRAD, c, wide, level), v.lane[GRAD], g, n, wide and level != FULL)
+        write_to(v, GRAD, c, g, n, wide, level)

@@ -3,7 +3,7 @@
 cdef enum:
     MAX_AXES = 64          # as many as NumPy has
     BLOCK = 8              # vectors that are added up before they enter the double-precision sum
-    TERMS = 3              # sums that one reading of a row can form, sum of exp included
+    TERMS = 4              # sums that one reading of a row can form, sum of exp included
 
     # What is computed
     LOSS = 0
@@ -16,20 +16,24 @@ cdef enum:
 
     # What is true of a row
     ACTIVE = 0
-    IGNORED = 1
+    IGNORED = 1            # it has the label to ignore, the weight 0 or no class: nothing is read of it
     INVALID = 2            # a label out of range that nobody checked, or that changed since: the row becomes NaN
 
     # What a reading adds up
     SUM_EXP = 0
     SUM_LINEAR = 1         # exp; d (max - x); d
     SUM_STATS = 2          # exp; exp (max - x); logits above the label's
-    SUM_PHI = 3            # d phi; d phi'; d phi'' (of a divergence: d = 1)
-    SUM_SPARSE = 4         # the same over the classes of a sparse teacher, less what classes outside it have
+    SUM_OUTSIDE = 3        # exp; exp of the classes that a sparse teacher does not have
+    SUM_PHI = 4            # d phi; d phi'; d phi''; slopes: a number for each phi
+    SUM_TEACHER = 16       # the teacher's exp; the student's less that, of all classes; a dense teacher's student's
+    SUM_DIVERGENCE = 17    # its value; p d1; p d2: a number for each divergence
 
     # Where exp waits for step 3
     FORGET = 0
     IN_GRAD = 1            # in the memory of the gradient, side by side
     STAGED = 2             # on the stage
+    PAIRED = 3             # there, with the teacher's and the gap, then p, d1, d2 of a divergence; or slope and d phi''
+    PARTS = 4              # that many vectors of each class
 
     # How much of the generality is compiled in; all levels give the same bits where they apply
     SPARSE = 0             # a label and nothing else: dense coefficients are all 0
@@ -45,8 +49,11 @@ cdef enum:
     STREAM_BYTES = 16777216  # gradients larger than this go past the caches
     UNIT_LOGITS = 32768    # a thread's portion ...
     UNIT_ROWS = 1024       # ... which is a number of rows that depends on the classes alone, as its sum is rounded
-    CHUNK_LOGITS = 16777216  # between two looks for Ctrl-C: some 10 ms
+    CHUNK_LOGITS = 16777216  # whose sums are added up first
+    LOOK_CLASSES = 16384   # of a row, or LANES rows, between two looks for Ctrl-C: 5 ms at most, with every option
     CHUNK_UNITS = 2048
+
+    LOOK_LABELS = 32768    # between two looks where labels, weights or `where` are only read
 
 cdef enum:
     X, Q, WHERE, GRAD, HESS, ENTRY_OPERANDS
@@ -70,6 +77,8 @@ cdef struct Job:
     int n_used
     int label_kind
     long long ignore_index
+    int kind[OPERANDS]                 # of the numbers of X, Q, GRAD, HESS, SAMPLE and VALUE, see elements.h
+    xce_watch *watch
     const scalar *weight
     scalar label_smoothing
     scalar share, label_share          # eps / C, unless `where` makes C a matter of the row, and 1 - eps
@@ -77,9 +86,12 @@ cdef struct Job:
     scalar scale                       # of derivatives: 1 / denominator of the mean
     logit_transform transform
     const Job *teacher                 # the teacher's logits as a job of their own, or NULL
+    bint keeps_pairs                   # the stage holds what is PAIRED of a tile
     bint sparse_teacher                # it has logits of the classes INDICES only
     int index_kind                     # as label_kind
-    bint q_is_scalar, transforms, linear, dense, want_grad, want_hess, writes, wide, streams
+    bint by_distance                   # entries are distances from the greatest one, in two parts
+    bint relative                      # the gradient is made of slopes against the top entry's
+    bint transforms, linear, dense, want_grad, want_hess, writes, wide, streams
     int level, tile_rows
     Py_ssize_t unit_rows
 
@@ -92,16 +104,26 @@ cdef struct Tile:
     Py_ssize_t top[LANES]
     scalar max[LANES]
     scalar sums[TERMS][LANES]
+    int64_t above[LANES]               # logits above the label's, the top entry's apart
     scalar index[LANES]                # coefficient of the label beyond its dense one
-    scalar label_logit[LANES]
+    scalar label_logit[LANES]          # as it was given
     scalar sample[LANES]
     scalar share[LANES]
     scalar phi_sums[TERMS][LANES]
+    Py_ssize_t teacher_top[LANES]      # the place among its classes
     scalar teacher_max[LANES]
-    scalar teacher_rest[LANES]
+    scalar teacher_sums[TERMS][LANES]
     Py_ssize_t top_place[LANES]        # among the classes of a sparse teacher, or -1
-    row_state state, teacher
+    row_state state
+    row_match match
+    row_slope slope
     row_result result
+
+# What distances, and slopes, are measured from, of the rows in the lanes; apart from the view, which each loop copies.
+cdef struct Distances:
+    logit_origin origin, teacher_origin
+    row_match match
+    row_slope slope
 
 # Entries in the lanes: of one row (wide) or of one class (many).
 cdef struct View:
@@ -109,16 +131,19 @@ cdef struct View:
     int n                              # rows in the lanes (many)
     Py_ssize_t step[ENTRY_OPERANDS]    # bytes from a class to the next
     Py_ssize_t lane[ENTRY_OPERANDS]    # bytes from a lane to the next
-    const real *kept_logits            # what is kept between the readings, or NULL;
+    int kind[ENTRY_OPERANDS]           # of the numbers there
+    const real *kept_logits            # what is kept between the readings, as it was given, or NULL;
     real *kept_exp                     # both may be the same memory
     real *turned_grad                  # where the gradient waits to be turned into rows, or NULL
     const real *kept_teacher           # its logits, or NULL
-    const real *picked                 # logits of the classes of a sparse teacher
-    Py_ssize_t top                     # wide
-    real tops                          # many
+    real *kept_pair                    # PARTS times, kept_step vectors apart
+    Py_ssize_t kept_step
+    const real *picked                 # the student's at a sparse teacher's classes; kept_teacher has the teacher's
+    const uint16_t *teacher_has        # those classes: a bit for each lane
+    Py_ssize_t top, teacher_top        # wide
+    real tops, teacher_tops            # many
     real max, share, label_logit
+    Distances *by
     exp_reference ref
-    real log_z, inverse, b, d, factor, out_exp, out_hess1, out_hess2
-    exp_reference teacher_ref
-    real teacher_max, teacher_log_z, teacher_inverse
+    real log_z, inverse, b, d, far, factor, out_exp, out_hess1, out_hess2
     rmask active

@@ -16,15 +16,25 @@ same bits in any schedule, layout, batch or thread.
 This file is compiled once for each instruction set and storage type (see primitives.h); it knows no loss.
 """
 
-from cpython.exc cimport PyErr_CheckSignals
-from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint64_t
 from libc.string cimport memset
-from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
-from cython.parallel cimport prange, threadid
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.mem cimport PyMem_RawCalloc, PyMem_RawFree, PyMem_RawMalloc
+from cython.parallel cimport parallel, threadid
 
 cimport numpy as cnp
 
 cnp.import_array()
+
+cdef extern from "cpu/interrupt.h" nogil:
+    ctypedef struct xce_watch:
+        Py_ssize_t units, taken
+    void xce_watch_begin(xce_watch *watch)
+    int xce_watch_end(const xce_watch *watch) except -1
+    bint xce_look(xce_watch *watch)
+    void xce_begin(xce_watch *watch)
+    Py_ssize_t xce_take(xce_watch *watch)
+    void xce_end(xce_watch *watch)
 
 cdef extern from "formulas.h" nogil:
     ctypedef float scalar
@@ -49,20 +59,40 @@ cdef extern from "formulas.h" nogil:
         real high, low
     ctypedef struct exp_reference:
         pass
+    ctypedef struct real_pair:
+        real high, low
+    ctypedef struct exp_pair:
+        real_pair exp, expm1
     ctypedef struct log_prob:
-        real u, p, not_p, v, t, d
+        real u, p, not_p
+    ctypedef struct prob_pair:
+        real p, t, d, above_top, d_low
+    ctypedef struct row_match:
+        real inverse, teacher_inverse, apart, top_share, top_softplus
+        real_pair gap
+    ctypedef struct match_sums:
+        real value, d1, d2, outside
     ctypedef struct jet:
         real value, d1, d2
+    ctypedef struct scalar_pair:
+        scalar high, low
     ctypedef struct logit_transform:
-        scalar softcap, temperature
+        scalar_pair softcap, temperature
+    ctypedef struct logit_origin:
+        real max
     ctypedef struct row_state:
         exp_reference ref
-        real max, top, rest, inverse, log_z
+        real max, greatest, shrunk, top, rest, inverse, log_z
+    ctypedef struct row_slope:
+        real a_top, p, not_d1
+        real_pair top, share
     ctypedef struct row_target:
-        real factor, weight, index, label_logit, d_top, d_label, sum, sum1, sum2, z_loss, v_top, t_top, gap_top
+        real factor, weight, index, d_top, d_label, sum, sum1, sum2
+        scalar z_loss
+        real_pair label_entry
         rmask label_is_top
     ctypedef struct row_result:
-        real value, b, d, grad_top, hess_top, grad_label, hess_label
+        real value, b, d, far, grad_top, hess_top, grad_label, hess_label, slope
 
     real r_set(scalar a)
     real r_iota()
@@ -73,6 +103,7 @@ cdef extern from "formulas.h" nogil:
     rmask r_eq(real a, real b)
     rmask r_not(rmask m)
     rmask r_first_lanes(int n)
+    rmask r_lanes_in(unsigned bits)
     unsigned r_lanes_of(rmask m)
     int lowest_bit(unsigned bits)
     real r_select(rmask m, real a, real b)
@@ -91,7 +122,6 @@ cdef extern from "formulas.h" nogil:
     void r_store_part(storage *p, real a, int n)
     real r_gather(const char *p, Py_ssize_t stride, int n, scalar fill)
     void r_scatter(char *p, Py_ssize_t stride, real a, int n)
-    real r_gather_scalars(const char *p, Py_ssize_t stride, int n)
     void stream(char *to, const char *from_, size_t n)
     void stream_end()
     void turn_in(const char *rows, Py_ssize_t stride, Py_ssize_t n, real *vectors)
@@ -99,17 +129,52 @@ cdef extern from "formulas.h" nogil:
     rmask r_gather_bytes(const char *p, Py_ssize_t stride, int n)
     exp_reference r_exp_reference(real max)
     real r_exp_relative(real x, exp_reference ref)
+    real r_exp_relative_pair(real_pair x, exp_reference ref)
+    exp_pair r_exp_pair_near(real_pair x)
     real_sum r_sum_add(real_sum s, real a)
     real r_add8(const real *a)
     row_state row_close(real max, real rest)
     real row_lse(row_state s)
-    void row_teacher(row_state student, row_state teacher, real x, real y, log_prob *at)
+    row_state row_close_transformed(logit_transform t, real max, real rest)
+    row_slope slope_of_top(row_state s, real a_top, int phi, scalar parameter)
+    void relative_finish(
+        row_result *r, row_state s, row_target t, row_slope slope, real sum, int phi, scalar parameter
+    )
+    jet relative_phi(
+        row_slope top, log_prob at, real_pair x, real_pair e, real a, int phi, scalar parameter, real *slope
+    )
     row_result row_finish(row_state s, row_target t, int phi, scalar parameter)
     jet loss_phi(int phi, log_prob at, scalar parameter)
-    scalar share_outside(int phi)
+    real exp_difference(real a, real b, real d)
+    real_pair distance_gap(real_pair x, real_pair y)
+    prob_pair match_gap(row_match row, real x_exp, real y_exp, real_pair gap)
+    prob_pair match_entry(row_match row, real_pair x, real_pair y)
+    row_match match_rows(row_state student, row_state teacher, real excess, real_pair y)
+    jet divergence_term(int divergence, prob_pair at, row_match row)
+    jet match_derivatives(int divergence, jet f, real p, real factor, real b, real d)
+    jet match_outside(int divergence, row_match row, real factor, real b, real d)
+    row_result match_finish(
+        row_state student, row_match row, match_sums sums, real_pair y, real weight, real factor, real sick,
+        int divergence
+    )
     real weighted(real a, real phi)
+    void add_far(real far, real factor, real p, real not_p, real *grad, real *hess)
+    logit_transform transform_of(double softcap, double temperature)
+    logit_origin transform_origin(logit_transform t, real max)
+    real_pair distance_by_temperature(logit_transform t, logit_origin o, real x)
+    real_pair distance_by_softcap(logit_transform t, logit_origin o, real x)
     real transform_logit(logit_transform t, real x)
     void transform_derivatives(logit_transform t, real x, real *g, real *h)
+
+cdef extern from "cpu/numbers.h" nogil:
+    double read_number(const char *p, int kind)
+    scalar read_scalar(const char *p, int kind)
+    void write_scalar(char *p, int kind, scalar a)
+    void write_number(char *p, int kind, scalar a)
+    real r_gather_numbers(const char *p, Py_ssize_t stride, int n, scalar fill, int kind)
+    void r_scatter_numbers(char *p, Py_ssize_t stride, real a, int n, int kind)
+    Py_ssize_t size_of_kind(int kind)
+    bint read_label(const char *p, int kind, int64_t *label)
 
 include "job.pxi"
 include "entries.pxi"
@@ -118,12 +183,21 @@ include "teacher.pxi"
 include "tiles.pxi"
 include "elements.pxi"
 
+cdef Py_ssize_t DESK_VECTORS = (sizeof(Desk) + sizeof(real) - 1) // sizeof(real)
+
 # ---- from arrays to a job ------------------------------------------------------------------------------------------
 
 cdef struct Plan:
     int axes                                  # of rows
     Py_ssize_t shape[MAX_AXES]
     Py_ssize_t strides[OPERANDS][MAX_AXES]
+
+
+cdef struct Order:
+    Job job
+    Job teacher
+    Plan plan
+    xce_watch watch
 
 
 cdef void place(Job *job, Plan *plan, int k, object array, int axis) except *:
@@ -171,45 +245,59 @@ cdef void merge_axes(Job *job, Plan *plan) noexcept:
             job.at[k].outer[axis] = plan.strides[k][axis]
 
 
-cdef double work(const Job *job, int n_threads) except? -1.0:
-    """All units; the sum of the losses. Raises KeyboardInterrupt between chunks."""
-    cdef Py_ssize_t n_units = (job.n_rows + job.unit_rows - 1) // job.unit_rows, first = 0, last, i
+cdef double work(Job *job, int n_threads) except? -1.0:
+    """All units; the sum of the losses."""
+    cdef Py_ssize_t n_units = (job.n_rows + job.unit_rows - 1) // job.unit_rows, first = 0
     cdef Py_ssize_t chunk = max(CHUNK_LOGITS // job.unit_rows // job.n_classes, <Py_ssize_t>1)
-    cdef Py_ssize_t stage = stage_vectors(job) + picked_vectors(job)
-    cdef double sums[CHUNK_UNITS]
+    cdef Py_ssize_t desk = stage_vectors(job) + picked_vectors(job) + DESK_VECTORS
     cdef double total = 0
     cdef void *memory
-    cdef real *stages
-    if chunk > CHUNK_UNITS:
-        chunk = CHUNK_UNITS
+    cdef real *desks
+    cdef double *sums
+    cdef xce_watch *watch = job.watch
+    chunk = min(chunk, <Py_ssize_t>CHUNK_UNITS)
     n_threads = <int>min(<Py_ssize_t>n_threads, n_units)
     # not on the stack, which a caller's thread may have little of
-    memory = PyMem_RawMalloc((n_threads * stage + 1) * sizeof(real))
+    memory = PyMem_RawMalloc((n_threads * desk + 1) * sizeof(real) + min(chunk, n_units) * sizeof(double))
     if memory == NULL:
-        raise MemoryError(f"{n_threads * stage * sizeof(real)} bytes for the work of {n_threads} threads")
-    stages = <real *>(<size_t>memory + sizeof(real) - <size_t>memory % sizeof(real))
+        raise MemoryError(f"{n_threads * desk * sizeof(real)} bytes for the work of {n_threads} threads")
+    desks = <real *>(<size_t>memory + sizeof(real) - <size_t>memory % sizeof(real))
+    sums = <double *>(desks + n_threads * desk)
+    xce_watch_begin(watch)
     try:
-        while True:
-            last = min(first + chunk, n_units)
+        while first < n_units:
+            watch.units, watch.taken = min(chunk, n_units - first), 0
             with nogil:
-                if n_threads == 1 or last - first == 1:
-                    for i in range(last - first):
-                        sums[i] = unit(job, first + i, stages)
+                if n_threads == 1 or watch.units == 1:
+                    take_units(job, first, desks, desk, sums)
                 else:
-                    for i in prange(last - first, num_threads=n_threads, schedule="dynamic"):
-                        sums[i] = unit(job, first + i, stages + threadid() * stage)
-            total += sum_of_doubles(sums, last - first)
-            first = last
-            if first == n_units:
-                return total
-            PyErr_CheckSignals()
+                    with parallel(num_threads=n_threads):
+                        take_units(job, first, desks + threadid() * desk, desk, sums)
+            xce_watch_end(watch)
+            total += sum_of_doubles(sums, watch.units)
+            first += watch.units
+        return total
     finally:
         PyMem_RawFree(memory)
+
+
+cdef void take_units(const Job *job, Py_ssize_t first, real *desk, Py_ssize_t vectors, double *sums) noexcept nogil:
+    """A thread's part of a chunk: the next portion that nobody has, until there are no more."""
+    cdef Py_ssize_t i
+    xce_begin(job.watch)
+    while True:
+        i = xce_take(job.watch)
+        if i < 0 or (i > 0 and xce_look(job.watch)):
+            break
+        sums[i] = unit(job, first + i, <Desk *>desk, desk + DESK_VECTORS)
+    xce_end(job.watch)
 
 
 cdef Py_ssize_t stage_vectors(const Job *job) noexcept nogil:
     """What a thread keeps between the readings of its rows, in vectors; at most STAGE."""
     cdef Py_ssize_t vectors = job.n_classes
+    if job.keeps_pairs:
+        return PARTS * pair_vectors(job) * (job.tile_rows if job.wide else 1)
     if job.wide:
         vectors = job.tile_rows * ((job.n_classes + LANES - 1) // LANES)
     if vectors > STAGE:
@@ -218,33 +306,82 @@ cdef Py_ssize_t stage_vectors(const Job *job) noexcept nogil:
 
 
 cdef Py_ssize_t picked_vectors(const Job *job) noexcept nogil:
-    """Beyond that: the logits at the classes of a sparse teacher."""
-    return job.teacher.n_classes + LANES if job.sparse_teacher else 0
+    """Beyond that: student's and teacher's logits at the classes of a sparse teacher, and which classes these are."""
+    cdef Py_ssize_t masks = (job.n_classes + LANES - 1) // LANES if job.wide else job.n_classes
+    if not job.sparse_teacher:
+        return 0
+    return 2 * (job.teacher.n_classes + LANES) + masks * <Py_ssize_t>sizeof(uint16_t) // <Py_ssize_t>sizeof(real) + 1
 
 
-def scan_labels(label, int label_kind, Py_ssize_t n_classes, long long ignore_index):
-    """The place of the first label of a one-dimensional array that is neither a class nor `ignore_index`, or -1."""
-    cdef cnp.ndarray a = <cnp.ndarray>label
-    cdef const char *p = cnp.PyArray_BYTES(a)
-    cdef Py_ssize_t n = cnp.PyArray_DIM(a, 0), stride = cnp.PyArray_STRIDE(a, 0), i = 0, k, end
+cdef enum:
+    MAX_WEIGHTS = 2
+
+
+cdef struct Weights:
+    Walk walks[MAX_WEIGHTS]
+    int n
+
+
+cdef void walk_weights(Weights *weights, tuple arrays, tuple kinds) except *:
+    """Enter up to two arrays of the rows' shape."""
+    cdef int k
+    weights.n = len(arrays)
+    for k in range(weights.n):
+        walk(&weights.walks[k], arrays[k], kinds[k])
+
+
+cdef inline bint has_weight(const Weights *weights, Py_ssize_t flat) noexcept nogil:
+    """Whether no weight of a row is 0."""
+    cdef Py_ssize_t left
+    cdef int k
+    for k in range(weights.n):
+        if read_number(place_in(&weights.walks[k], flat, &left), weights.walks[k].kind) == 0:
+            return False
+    return True
+
+
+def scan_labels(
+    label, int label_kind, Py_ssize_t n_classes, long long ignore_index, tuple weights, tuple weight_kinds
+):
+    """The flat C-order index of the first label that is neither a class nor `ignore_index`, or -1.
+
+    Labels are left out that one of the `weights` is 0 for, up to two arrays of their shape.
+    """
+    cdef Weights counting
+    cdef Walk labels
+    cdef const char *p
+    cdef Py_ssize_t flat = 0, stop = cnp.PyArray_SIZE(<cnp.ndarray>label), stride, i, k, end, left
     cdef const int64_t *longs
-    cdef bint bad
+    cdef bint bad, is_bad
+    cdef xce_watch watch
+    xce_watch_begin(&watch)
+    walk(&labels, label, label_kind)
+    walk_weights(&counting, weights, weight_kinds)
+    stride = labels.strides[labels.axes - 1]
     with nogil:
-        if label_kind == -8 and stride == 8 and <size_t>p % 8 == 0:
-            while i < n:                                # the common case, a vector at a time
-                longs = <const int64_t *>p
-                end = min(i + 512, n)
-                bad = False
-                for k in range(i, end):
-                    bad |= (<uint64_t>longs[k] >= <uint64_t>n_classes) & (longs[k] != ignore_index)
-                if bad:
+        while flat < stop and not xce_look(&watch):
+            p, i = place_in(&labels, flat, &left), 0
+            left = min(left, stop - flat, <Py_ssize_t>LOOK_LABELS)
+            if label_kind == -8 and stride == 8 and <size_t>p % 8 == 0:
+                while i < left:                         # the common case, a vector at a time
+                    longs = <const int64_t *>p
+                    end = min(i + 512, left)
+                    bad = False
+                    for k in range(i, end):
+                        bad |= (<uint64_t>longs[k] >= <uint64_t>n_classes) & (longs[k] != ignore_index)
+                    if bad:
+                        break
+                    i = end
+            while i < left:
+                is_bad = not is_label(p + i * stride, label_kind, n_classes, ignore_index)
+                if is_bad and has_weight(&counting, flat + i):
                     break
-                i = end
-        while i < n:
-            if not is_label(p + i * stride, label_kind, n_classes, ignore_index):
+                i += 1
+            flat += i
+            if i < left:
                 break
-            i += 1
-    return i if i < n else -1
+    xce_watch_end(&watch)
+    return flat if flat < stop else -1
 
 
 cdef inline bint is_label(const char *p, int kind, Py_ssize_t n_classes, long long ignore_index) noexcept nogil:
@@ -252,42 +389,156 @@ cdef inline bint is_label(const char *p, int kind, Py_ssize_t n_classes, long lo
     return label.status != INVALID
 
 
-def denominator(label, int label_kind, Py_ssize_t n_classes, long long ignore_index, weight, sample_weight):
-    """The sum of class weight times sample weight over the rows with a class; one-dimensional arrays or None."""
+def scan_repetitions(indices, int kind, Py_ssize_t n_classes, tuple weights, tuple weight_kinds):
+    """The flat number of the first row that has a class twice, and the smallest class that it has twice; or -1, -1.
+
+    `indices` has the places of a row last. Rows are left out that one of the `weights` is 0 for, up to two arrays of
+    the rows' shape.
+    """
+    cdef Walk rows
+    cdef Weights counting
+    cdef Py_ssize_t n_places = cnp.PyArray_DIM(<cnp.ndarray>indices, cnp.PyArray_NDIM(<cnp.ndarray>indices) - 1)
+    cdef Py_ssize_t stride = cnp.PyArray_STRIDE(<cnp.ndarray>indices, cnp.PyArray_NDIM(<cnp.ndarray>indices) - 1)
+    cdef Py_ssize_t n_rows = cnp.PyArray_SIZE(<cnp.ndarray>indices) // n_places, row = 0, j, left
+    cdef Py_ssize_t look_rows = max(LOOK_LABELS // n_places, <Py_ssize_t>1)
+    cdef Py_ssize_t twice = -1
+    cdef const char *p
+    cdef Label label
+    cdef uint8_t *seen                 # a bit for each class
+    cdef xce_watch watch
+    xce_watch_begin(&watch)
+    walk(&rows, indices[..., 0], kind)
+    walk_weights(&counting, weights, weight_kinds)
+    seen = <uint8_t *>PyMem_RawCalloc((n_classes + 7) // 8, 1)
+    if seen == NULL:
+        raise MemoryError(f"{(n_classes + 7) // 8} bytes for the classes of a teacher")
+    with nogil:
+        while row < n_rows and not (row % look_rows == 0 and xce_look(&watch)):
+            if has_weight(&counting, row):
+                p = place_in(&rows, row, &left)
+                for j in range(n_places):
+                    if is_time_to_look(&watch, j):
+                        break
+                    label = label_at(p + j * stride, kind, n_classes, -1)
+                    if label.value < 0:
+                        continue
+                    if seen[label.value // 8] & <uint8_t>(1 << label.value % 8) and not 0 <= twice < label.value:
+                        twice = label.value
+                    seen[label.value // 8] |= <uint8_t>(1 << label.value % 8)
+                if twice >= 0:
+                    break
+                for j in range(n_places):
+                    if is_time_to_look(&watch, j):
+                        break
+                    label = label_at(p + j * stride, kind, n_classes, -1)
+                    if label.value >= 0:
+                        seen[label.value // 8] = 0
+            row += 1
+    PyMem_RawFree(seen)
+    xce_watch_end(&watch)
+    return (row if twice >= 0 else -1), twice
+
+
+def classes_are_left(where, cnp.ndarray out):
+    """Write whether `where`, which has the classes last, leaves a row any; `out` is of the rows' shape, in C order."""
+    cdef Walk masks
+    cdef Py_ssize_t n_rows = cnp.PyArray_SIZE(out), flat = 0, n, i, left
+    cdef Py_ssize_t n_classes = cnp.PyArray_DIM(<cnp.ndarray>where, cnp.PyArray_NDIM(<cnp.ndarray>where) - 1)
+    cdef Py_ssize_t stride = cnp.PyArray_STRIDE(<cnp.ndarray>where, cnp.PyArray_NDIM(<cnp.ndarray>where) - 1)
+    cdef char *to = cnp.PyArray_BYTES(out)
+    cdef const char *m
+    cdef xce_watch watch
+    xce_watch_begin(&watch)
+    walk(&masks, where[..., 0], 0)
+    with nogil:
+        while flat < n_rows and not xce_look(&watch):
+            m = place_in(&masks, flat, &left)
+            n = min(left, n_rows - flat, max(LOOK_LABELS // n_classes, <Py_ssize_t>1))
+            for i in range(n):
+                to[flat + i] = classes_left(
+                    &watch, m + i * masks.strides[masks.axes - 1], n_classes, stride, False
+                ) != 0
+            flat += n
+    xce_watch_end(&watch)
+
+
+def denominator(
+    label, int label_kind, Py_ssize_t n_classes, long long ignore_index, weight, sample_weight, int sample_kind, where,
+    Py_ssize_t start, Py_ssize_t stop,
+):
+    """The sum of class weight times sample weight over rows start..stop in C order, as far as they count.
+
+    And whether any term is not 0. `where` has the classes last.
+    """
+    cdef Walk labels
+    cdef Walk samples
+    cdef Walk masks
     cdef const char *y = NULL
     cdef const char *s = NULL
+    cdef const char *m = NULL
     cdef const scalar *w = NULL
-    cdef Py_ssize_t n = 0, y_stride = 0, s_stride = 0, i, count = 0
+    cdef Py_ssize_t y_stride = 0, s_stride = 0, m_stride = 0, class_stride = 0, flat = start, i, k, count = 0, n, left
+    cdef bint any_term = False
     cdef Label found
     cdef double sums[8]
-    cdef double term
+    cdef double lows[8]                # what the sums round away: it would be an error that all gradients share
+    cdef double term, total
+    cdef scalar sample
+    cdef xce_watch watch
+    xce_watch_begin(&watch)
+    walk(&labels, label, label_kind)
+    walk(&samples, sample_weight, sample_kind)
+    walk(&masks, None if where is None else where[..., 0], 0)
     if weight is not None:
         w = <const scalar *>cnp.PyArray_DATA(<cnp.ndarray>weight)
-    if sample_weight is not None:
-        s, s_stride = cnp.PyArray_BYTES(<cnp.ndarray>sample_weight), cnp.PyArray_STRIDE(<cnp.ndarray>sample_weight, 0)
-        n = cnp.PyArray_DIM(<cnp.ndarray>sample_weight, 0)
     if label is not None:
-        y, y_stride = cnp.PyArray_BYTES(<cnp.ndarray>label), cnp.PyArray_STRIDE(<cnp.ndarray>label, 0)
-        n = cnp.PyArray_DIM(<cnp.ndarray>label, 0)
+        y_stride = labels.strides[labels.axes - 1]
+    if sample_weight is not None:
+        s_stride = samples.strides[samples.axes - 1]
+    if where is not None:
+        m_stride = masks.strides[masks.axes - 1]
+        class_stride = cnp.PyArray_STRIDE(<cnp.ndarray>where, cnp.PyArray_NDIM(<cnp.ndarray>where) - 1)
     with nogil:
         for i in range(8):
-            sums[i] = 0
-        if w == NULL and s == NULL and label_kind == -8 and y_stride == 8 and <size_t>y % 8 == 0:
-            for i in range(n):
-                count += (<const int64_t *>y)[i] != ignore_index
-            sums[0] = <double>count
-        else:
-            found.status, found.value = ACTIVE, 0
-            for i in range(n):
-                if y != NULL:
-                    found = label_at(y + i * y_stride, label_kind, n_classes, ignore_index)
-                term = 1 if found.status == ACTIVE or (w == NULL and found.status == INVALID) else 0
-                if w != NULL and found.status == ACTIVE:
-                    term = w[found.value]
-                if s != NULL:
-                    term *= (<const scalar *>(s + i * s_stride))[0]
-                sums[i % 8] += term
-    return sum_of_doubles(sums, 8)
+            sums[i] = lows[i] = 0
+        found.status, found.value = ACTIVE, 0
+        while flat < stop and not xce_look(&watch):
+            n = min(stop - flat, <Py_ssize_t>LOOK_LABELS)
+            if labels.data != NULL:
+                y = place_in(&labels, flat, &left)
+                n = min(n, left)
+            if samples.data != NULL:
+                s = place_in(&samples, flat, &left)
+                n = min(n, left)
+            if masks.data != NULL:
+                m = place_in(&masks, flat, &left)
+                n = min(n, left, max(LOOK_LABELS // n_classes, <Py_ssize_t>1))
+            if w == NULL and s == NULL and m == NULL and label_kind == -8 and y_stride == 8 and <size_t>y % 8 == 0:
+                count = 0
+                for i in range(n):
+                    count += (<const int64_t *>y)[i] != ignore_index
+                sums[0] += <double>count
+            else:
+                for i in range(n):
+                    sample = 1 if s == NULL else read_scalar(s + i * s_stride, sample_kind)
+                    if sample == 0:
+                        continue
+                    if m != NULL and not classes_left(&watch, m + i * m_stride, n_classes, class_stride, False):
+                        continue
+                    if y != NULL:
+                        found = label_at(y + i * y_stride, label_kind, n_classes, ignore_index)
+                    term = 1 if found.status == ACTIVE or (w == NULL and found.status == INVALID) else 0
+                    if w != NULL and found.status == ACTIVE:
+                        term = w[found.value]
+                    if s != NULL:
+                        term *= sample
+                    k = (flat - start + i) % 8
+                    add_keeping(&sums[k], &lows[k], term)
+                    any_term |= term != 0
+            flat += n
+    xce_watch_end(&watch)
+    total = sum_of_doubles(sums, 8)
+    return (total + sum_of_doubles(lows, 8) if total - total == 0 else total), any_term
 
 
 PHI = {(<bytes>PHI_NAMES[_i]).decode(): _i for _i in range(FIRST_DIVERGENCE)}
@@ -296,24 +547,28 @@ DIVERGENCES = {(<bytes>PHI_NAMES[_i]).decode(): _i for _i in range(FIRST_DIVERGE
 
 def run(
     int what, int phi, double parameter, logits, int axis, label, int label_kind, q, where, weight, sample_weight,
-    bint q_is_scalar, long long ignore_index, double label_smoothing, double temperature, double softcap,
+    long long ignore_index, double label_smoothing, double temperature, double softcap,
     double z_loss, double scale, value, grad, hess, label_logit, top, rank, spread, linear, int n_threads,
-    indices=None, int index_kind=0,
+    indices=None, int index_kind=0, tuple kinds=None,
 ):
     """Compute what is asked for into the arrays that are not None; the sum of the losses.
 
-    All arrays are checked: native byte order, logits, q, grad and hess of this module's storage type (or q of its
-    scalar type: `q_is_scalar`), weight, sample_weight and the outputs of rows of its scalar type, shapes as they must
-    be, at least one row and one class.
-    `label_kind` is the size of the labels' type in bytes, negative for a signed one. Of a divergence, q is the
-    teacher's logits, of all classes or of the classes `indices`, which `index_kind` tells the type of.
+    All arrays are checked: shapes as they must be, at least one row and one class. The logits, q, grad and hess are of
+    this module's storage type, `weight`, `sample_weight` and the outputs of rows of its scalar type; or `kinds` has the
+    types of logits, q, grad, hess, sample_weight and value as elements.h numbers them, or 0 for those. `label_kind` is
+    the type of the labels. Of a divergence, q is the teacher's logits, of all classes or of the classes `indices`,
+    which `index_kind` tells the type of.
     """
-    cdef Job job
-    cdef Job teacher
-    cdef Plan plan
+    cdef bytes memory = PyBytes_FromStringAndSize(NULL, sizeof(Order))  # not on the stack, as in `work`
+    cdef Order *order = <Order *>PyBytes_AS_STRING(memory)
+    cdef Job *job = &order.job
+    cdef Job *teacher = &order.teacher
+    cdef Plan *plan = &order.plan
     cdef cnp.ndarray x = <cnp.ndarray>logits
     cdef int i, j = 0
-    memset(&job, 0, sizeof(Job))
+    cdef bint is_foreign
+    memset(job, 0, sizeof(Job))
+    job.watch = &order.watch
     job.what, job.phi, job.parameter = what, phi, <scalar>parameter
     plan.axes = cnp.PyArray_NDIM(x) - 1
     job.n_rows = 1
@@ -323,25 +578,30 @@ def run(
             job.n_rows *= plan.shape[j]
             j += 1
     job.n_classes = cnp.PyArray_DIM(x, axis)
-    place(&job, &plan, X, x, axis)
-    place(&job, &plan, Q, q, axis)
-    place(&job, &plan, WHERE, where, axis)
-    place(&job, &plan, GRAD, grad, axis)
-    place(&job, &plan, HESS, hess, axis)
-    place(&job, &plan, LABEL, label, -1)
-    place(&job, &plan, INDICES, indices, axis)
-    place(&job, &plan, SAMPLE, sample_weight, -1)
-    place(&job, &plan, VALUE, value, -1)
-    place(&job, &plan, LABEL_LOGIT, label_logit, -1)
-    place(&job, &plan, TOP, top, -1)
-    place(&job, &plan, RANK, rank, -1)
-    place(&job, &plan, SPREAD, spread, -1)
-    place(&job, &plan, LINEAR, linear, -1)
-    merge_axes(&job, &plan)
+    place(job, plan, X, x, axis)
+    place(job, plan, Q, q, axis)
+    place(job, plan, WHERE, where, axis)
+    place(job, plan, GRAD, grad, axis)
+    place(job, plan, HESS, hess, axis)
+    place(job, plan, LABEL, label, -1)
+    place(job, plan, INDICES, indices, axis)
+    place(job, plan, SAMPLE, sample_weight, -1)
+    place(job, plan, VALUE, value, -1)
+    place(job, plan, LABEL_LOGIT, label_logit, -1)
+    place(job, plan, TOP, top, -1)
+    place(job, plan, RANK, rank, -1)
+    place(job, plan, SPREAD, spread, -1)
+    place(job, plan, LINEAR, linear, -1)
+    merge_axes(job, plan)
     for i in range(OPERANDS):
         if job.at[i].data != NULL:
             job.used[job.n_used] = i
             job.n_used += 1
+    if kinds is not None:
+        job.kind[X], job.kind[Q], job.kind[GRAD], job.kind[HESS], job.kind[SAMPLE], job.kind[VALUE] = kinds
+    if job.kind[SAMPLE] == 0:
+        job.kind[SAMPLE] = KIND_DOUBLE if sizeof(scalar) == 8 else KIND_FLOAT
+    is_foreign = job.kind[X] != 0 or job.kind[Q] != 0 or job.kind[GRAD] != 0 or job.kind[HESS] != 0
     job.label_kind, job.ignore_index = label_kind, ignore_index
     if weight is not None:
         job.weight = <const scalar *>cnp.PyArray_DATA(<cnp.ndarray>weight)
@@ -349,33 +609,39 @@ def run(
     job.label_share = <scalar>(1 - label_smoothing)
     job.share = <scalar>(label_smoothing / job.n_classes) if what != STATE else 1
     job.z_loss, job.scale = <scalar>z_loss, <scalar>scale
-    job.transform.softcap, job.transform.temperature = <scalar>softcap, <scalar>temperature
+    job.transform = transform_of(softcap, temperature)
     job.transforms = softcap != 0 or temperature != 1
     job.linear = phi == PHI_CROSS_ENTROPY
-    job.q_is_scalar = q_is_scalar
     job.sparse_teacher, job.index_kind = indices is not None, index_kind
     job.dense = what == STATE or (
         what == LOSS and not job.sparse_teacher and (q is not None or label_smoothing != 0)
     )
+    job.relative = job.dense and not job.linear and phi < FIRST_DIVERGENCE
+    job.by_distance = job.transforms or job.relative or phi >= FIRST_DIVERGENCE
     job.want_grad, job.want_hess = grad is not None, hess is not None
     job.writes = job.want_grad or job.want_hess
     job.wide = (
-        (job.at[X].classes == sizeof(storage) and job.n_classes > MANY_UP_TO) or job.n_classes > MANY_AT_MOST
+        (job.at[X].classes == size_of_kind(job.kind[X]) and job.n_classes > MANY_UP_TO) or job.n_classes > MANY_AT_MOST
     )
     job.level = FULL
-    if softcap == 0 and where is None and not q_is_scalar and what != STATS and (not job.wide or adjacent(&job)):
+    if softcap == 0 and where is None and not is_foreign and what != STATS and (not job.wide or adjacent(job)):
         job.level = MIXED
-        if not job.transforms and (job.linear or not job.dense):
+        if not job.by_distance:
             job.level = DENSE if job.dense else SPARSE
+    job.keeps_pairs = (
+        (job.relative or (phi >= FIRST_DIVERGENCE and not job.sparse_teacher))
+        and PARTS * pair_vectors(job) <= STAGE
+    )
     if phi >= FIRST_DIVERGENCE:
-        teacher = job
+        if not job.wide and not job.sparse_teacher and not job.keeps_pairs:  # many classes with a stride
+            job.level = FULL
+        teacher[0] = job[0]
         teacher.n_classes = cnp.PyArray_DIM(<cnp.ndarray>q, axis)
         teacher.dense, teacher.want_grad, teacher.want_hess, teacher.writes = False, False, False, False
-        teacher.level = FULL if job.sparse_teacher else job.level
-        job.teacher = &teacher
+        job.teacher = teacher
     # rows of gradient side by side, and too many to stay in a cache
     job.streams = (
-        not job.wide and job.want_grad and not STORAGE_IS_16_BIT and job.n_classes <= STAGE
+        not job.wide and job.want_grad and not STORAGE_IS_16_BIT and not is_foreign and job.n_classes <= STAGE
         and job.at[GRAD].classes == sizeof(storage) and job.at[GRAD].data != job.at[X].data
         and job.at[GRAD].rows == job.n_classes * <Py_ssize_t>sizeof(storage)
         and job.n_rows > STREAM_BYTES // job.at[GRAD].rows
@@ -384,10 +650,12 @@ def run(
     job.tile_rows = LANES
     if job.wide:
         job.tile_rows = <int>max(min(<Py_ssize_t>LANES, STAGE * LANES // (2 * job.n_classes)), <Py_ssize_t>1)
+        if job.keeps_pairs:
+            job.tile_rows = <int>min(<Py_ssize_t>LANES, STAGE // (PARTS * pair_vectors(job)))
     job.unit_rows = UNIT_ROWS
     while job.unit_rows > 1 and job.n_classes > UNIT_LOGITS // job.unit_rows:
         job.unit_rows //= 2
-    return work(&job, n_threads)
+    return work(job, n_threads)
 
 
 cdef bint adjacent(const Job *job) noexcept:

@@ -4,40 +4,38 @@
 
 #include "vectors.h"
 
-#if defined(XCE_STORAGE_bfloat16)
-XCE_FN scalar s_load(const storage *p)
+/* 16-bit floats: to the nearest, ties to even; a NaN stays a NaN */
+XCE_FN float bfloat_to_float(uint16_t a)
 {
-    uint32_t bits = (uint32_t)*p << 16;
-    float a;
-    memcpy(&a, &bits, sizeof a);
-    return a;
+    uint32_t bits = (uint32_t)a << 16;
+    float b;
+    memcpy(&b, &bits, sizeof b);
+    return b;
 }
-XCE_FN void s_store(storage *p, scalar a)
+XCE_FN uint16_t float_to_bfloat(float a)
 {
     uint32_t bits;
     memcpy(&bits, &a, sizeof bits);
-    /* to nearest, ties to even; a NaN stays a NaN */
-    *p = a == a ? (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) : (uint16_t)((bits >> 16) | 0x40);
+    return a == a ? (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) : (uint16_t)((bits >> 16) | 0x40);
 }
-#elif defined(XCE_STORAGE_float16)
-XCE_FN scalar s_load(const storage *p)
+XCE_FN float half_to_float(uint16_t a)
 {
 #if defined(__F16C__)
-    return _cvtsh_ss(*p);
+    return _cvtsh_ss(a);
 #else
-    union { uint32_t bits; float value; } a = {(uint32_t)(*p & 0x7fff) << 13};
-    if (a.bits >= 0x0f800000) /* inf and NaN */
-        a.bits |= 0x7f800000 | (a.bits > 0x0f800000 ? 0x00400000 : 0);
+    union { uint32_t bits; float value; } b = {(uint32_t)(a & 0x7fff) << 13};
+    if (b.bits >= 0x0f800000) /* inf and NaN */
+        b.bits |= 0x7f800000 | (b.bits > 0x0f800000 ? 0x00400000 : 0);
     else /* scaling by 2^112 moves the exponent and makes subnormals right */
-        a.value *= 0x1p112f;
-    a.bits |= (uint32_t)(*p & 0x8000) << 16;
-    return a.value;
+        b.value *= 0x1p112f;
+    b.bits |= (uint32_t)(a & 0x8000) << 16;
+    return b.value;
 #endif
 }
-XCE_FN void s_store(storage *p, scalar a)
+XCE_FN uint16_t float_to_half(float a)
 {
 #if defined(__F16C__)
-    *p = (uint16_t)_cvtss_sh(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (uint16_t)_cvtss_sh(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
     uint32_t bits, magnitude, rounded;
     memcpy(&bits, &a, sizeof bits);
@@ -54,9 +52,28 @@ XCE_FN void s_store(storage *p, scalar a)
         rounded -= 0x3f000000;
     } else
         rounded = (magnitude - 0x38000000 + 0x0fff + ((magnitude >> 13) & 1)) >> 13;
-    *p = (uint16_t)(rounded | ((bits >> 16) & 0x8000));
+    return (uint16_t)(rounded | ((bits >> 16) & 0x8000));
 #endif
 }
+XCE_FN uint16_t double_to_half(double a) /* rounded once: float is rounded to odd, which keeps what decides a tie */
+{
+    float b = (float)a;
+    uint32_t bits;
+    memcpy(&bits, &b, sizeof bits);
+    if (b - b == 0 && (double)b != a) {
+        bits -= __builtin_fabs((double)b) > __builtin_fabs(a); /* toward 0 */
+        bits |= 1;
+    }
+    memcpy(&b, &bits, sizeof b);
+    return float_to_half(b);
+}
+
+#if defined(XCE_STORAGE_bfloat16)
+XCE_FN scalar s_load(const storage *p) { return bfloat_to_float(*p); }
+XCE_FN void s_store(storage *p, scalar a) { *p = float_to_bfloat(a); }
+#elif defined(XCE_STORAGE_float16)
+XCE_FN scalar s_load(const storage *p) { return half_to_float(*p); }
+XCE_FN void s_store(storage *p, scalar a) { *p = float_to_half(a); }
 #else
 XCE_FN scalar s_load(const storage *p) { return *p; }
 XCE_FN void s_store(storage *p, scalar a) { *p = a; }
@@ -152,13 +169,6 @@ XCE_CALLED void r_scatter(char *p, ptrdiff_t stride, real a, int n)
 {
     for (int i = 0; i < n; i++)
         s_store((storage *)(p + i * stride), a[i]);
-}
-XCE_CALLED real r_gather_scalars(const char *p, ptrdiff_t stride, int n) /* of the type of the computation */
-{
-    scalar a[XCE_LANES] = {0};
-    for (int i = 0; i < n; i++)
-        memcpy(&a[i], p + i * stride, sizeof a[i]);
-    return r_load_scalars(a);
 }
 XCE_CALLED rmask r_gather_bytes(const char *p, ptrdiff_t stride, int n) /* a lane is set where its byte is not 0 */
 {

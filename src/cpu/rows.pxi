@@ -13,6 +13,26 @@ cdef inline scalar sum_of_virtual_lanes(const real_sum *total, bint low) noexcep
     return r_sum_of_lanes(vectors[0])
 
 
+cdef inline bint is_time_to_look(xce_watch *watch, Py_ssize_t c) noexcept nogil:
+    """Whether to stop before class c of a long row: an exception will be raised."""
+    return c % LOOK_CLASSES == 0 and c != 0 and xce_look(watch)
+
+
+cdef double count_of(const real_sum *total) noexcept nogil:
+    """A number of entries, which float32 would round beyond 2^24."""
+    cdef scalar lanes[LANES]
+    cdef double count = 0
+    cdef int k, i
+    for k in range(VECTORS):
+        r_store_scalars(lanes, total[k].high)
+        for i in range(LANES):
+            count += lanes[i]
+        r_store_scalars(lanes, total[k].low)
+        for i in range(LANES):
+            count += lanes[i]
+    return count
+
+
 cdef inline void add_block(real_sum *total, real a, bint first) noexcept nogil:
     if first:
         total.high, total.low = a, r_set(0)
@@ -32,22 +52,27 @@ cdef inline void reduce(
     cdef View here = view[0]           # in registers; no store to an array can change it
     cdef const View *v = &here
     cdef Py_ssize_t n_classes = job.n_classes, block, c
-    cdef int n_terms = 1 if kind == SUM_EXP else TERMS
+    cdef int n_terms = 1 if kind == SUM_EXP or kind == SUM_DIVERGENCE else TERMS - 1
     cdef int n_lanes = VECTORS if wide else VIRTUAL, lane_step = LANES if wide else 1
     cdef int lane, j, t, n, present
     cdef bint plain
     cdef real block_terms[TERMS][BLOCK]
     cdef real entry[TERMS]
     cdef real_sum total[TERMS][VIRTUAL]
+    if SUM_PHI <= kind < SUM_TEACHER:
+        n_terms = TERMS
     for t in range(n_terms):
         for lane in range(VECTORS if wide else 1):
             total[t][lane].high, total[t][lane].low = r_set(0), r_set(0)
     block = 0
     while block < n_classes:
+        if is_time_to_look(job.watch, block):
+            break
         # all there, and the top entry elsewhere
         plain = (
             level != FULL and wide and block + BLOCK * VIRTUAL <= n_classes
             and not block <= v.top < block + BLOCK * VIRTUAL
+            and not (kind == SUM_TEACHER and block <= v.teacher_top < block + BLOCK * VIRTUAL)
         )
         for lane in range(n_lanes):
             c = block + lane * lane_step
@@ -63,8 +88,8 @@ cdef inline void reduce(
                 present = <int>min(<Py_ssize_t>BLOCK, (n_classes - c + VIRTUAL - 1) // VIRTUAL)
                 for j in range(present):
                     n = <int>min(<Py_ssize_t>LANES, n_classes - c - j * VIRTUAL) if wide else v.n
-                    if kind == SUM_SPARSE:
-                        terms_sparse(job, v, c + j * VIRTUAL, n, wide, entry)
+                    if v.picked != NULL and kind >= SUM_TEACHER:
+                        terms_sparse(job, v, c + j * VIRTUAL, wide, kind, entry)
                     elif level == FULL:
                         terms_full(job, v, c + j * VIRTUAL, n, wide, kind, keep, entry)
                     else:
@@ -95,6 +120,8 @@ cdef inline void reduce(
                         total[t][lane].low = total[t][lane].low + total[t][lane + n].low
                 n //= 2
             sums[t] = sum_of(total[t][0].high, total[t][0].low)
+    if wide and kind == SUM_STATS:
+        sums[TERMS] = r_set(<scalar>(count_of(total[2]) - first_lane(sums[2])))
 
 
 # GCC allots registers well in a function of one loop and badly in one of many: each loop that matters is a function.
@@ -126,14 +153,112 @@ cdef void sum_many_dense_keeping(const Job *job, const View *v, real *sums) noex
 cdef void sum_wide_mixed(const Job *job, const View *v, int kind, int keep, real *sums) noexcept nogil:
     reduce(job, v, True, MIXED, kind, keep, sums)
 
-cdef void sum_wide_phi(const Job *job, const View *v, real *sums) noexcept nogil:
-    reduce(job, v, True, MIXED, SUM_PHI, FORGET, sums)
+cdef void sum_wide_phi1(const Job *job, const View *v, real *sums) noexcept nogil:
+    reduce(job, v, True, MIXED, SUM_PHI + 1, PAIRED, sums)
+
+cdef void sum_wide_phi2(const Job *job, const View *v, real *sums) noexcept nogil:
+    reduce(job, v, True, MIXED, SUM_PHI + 2, PAIRED, sums)
+
+cdef void sum_wide_phi3(const Job *job, const View *v, real *sums) noexcept nogil:
+    reduce(job, v, True, MIXED, SUM_PHI + 3, PAIRED, sums)
+
+cdef void sum_wide_any_phi(const Job *job, const View *v, int kind, int keep, real *sums) noexcept nogil:
+    reduce(job, v, True, MIXED, kind, keep, sums)
+
+cdef void sum_wide_phi(const Job *job, const View *v, int kind, int keep, real *sums) noexcept nogil:
+    if keep == PAIRED and kind == SUM_PHI + 1:
+        sum_wide_phi1(job, v, sums)
+    elif keep == PAIRED and kind == SUM_PHI + 2:
+        sum_wide_phi2(job, v, sums)
+    elif keep == PAIRED and kind == SUM_PHI + 3:
+        sum_wide_phi3(job, v, sums)
+    else:
+        sum_wide_any_phi(job, v, kind, keep, sums)
+
+cdef void sum_wide_teacher(const Job *job, const View *v, real *sums) noexcept nogil:
+    reduce(job, v, True, MIXED, SUM_TEACHER, FORGET, sums)
+
+cdef void sum_wide_teacher_keeping(const Job *job, const View *v, real *sums) noexcept nogil:
+    reduce(job, v, True, MIXED, SUM_TEACHER, PAIRED, sums)
+
+cdef void sum_wide_divergence(const Job *job, const View *v, int kind, real *sums) noexcept nogil:
+    if kind == SUM_DIVERGENCE:
+        reduce(job, v, True, MIXED, SUM_DIVERGENCE, FORGET, sums)
+    elif kind == SUM_DIVERGENCE + 1:
+        reduce(job, v, True, MIXED, SUM_DIVERGENCE + 1, FORGET, sums)
+    else:
+        reduce(job, v, True, MIXED, SUM_DIVERGENCE + 2, FORGET, sums)
+
+cdef void sum_wide_forward(const Job *job, const View *v, real *sums) noexcept nogil:
+    reduce(job, v, True, MIXED, SUM_DIVERGENCE, PAIRED, sums)
+
+cdef void sum_wide_reverse(const Job *job, const View *v, real *sums) noexcept nogil:
+    reduce(job, v, True, MIXED, SUM_DIVERGENCE + 1, PAIRED, sums)
+
+cdef void sum_wide_js(const Job *job, const View *v, real *sums) noexcept nogil:
+    reduce(job, v, True, MIXED, SUM_DIVERGENCE + 2, PAIRED, sums)
+
+cdef void sum_wide_pairs(const Job *job, const View *v, int kind, int keep, real *sums) noexcept nogil:
+    if kind == SUM_TEACHER:
+        if keep == PAIRED:
+            sum_wide_teacher_keeping(job, v, sums)
+        else:
+            sum_wide_teacher(job, v, sums)
+    elif keep != PAIRED:
+        sum_wide_divergence(job, v, kind, sums)
+    elif kind == SUM_DIVERGENCE:
+        sum_wide_forward(job, v, sums)
+    elif kind == SUM_DIVERGENCE + 1:
+        sum_wide_reverse(job, v, sums)
+    else:
+        sum_wide_js(job, v, sums)
 
 cdef void sum_many_mixed(const Job *job, const View *v, int kind, int keep, real *sums) noexcept nogil:
     reduce(job, v, False, MIXED, kind, keep, sums)
 
-cdef void sum_many_phi(const Job *job, const View *v, real *sums) noexcept nogil:
-    reduce(job, v, False, MIXED, SUM_PHI, FORGET, sums)
+cdef void sum_many_phi1(const Job *job, const View *v, real *sums) noexcept nogil:
+    reduce(job, v, False, MIXED, SUM_PHI + 1, PAIRED, sums)
+
+cdef void sum_many_phi2(const Job *job, const View *v, real *sums) noexcept nogil:
+    reduce(job, v, False, MIXED, SUM_PHI + 2, PAIRED, sums)
+
+cdef void sum_many_phi3(const Job *job, const View *v, real *sums) noexcept nogil:
+    reduce(job, v, False, MIXED, SUM_PHI + 3, PAIRED, sums)
+
+cdef void sum_many_any_phi(const Job *job, const View *v, int kind, int keep, real *sums) noexcept nogil:
+    reduce(job, v, False, MIXED, kind, keep, sums)
+
+cdef void sum_many_phi(const Job *job, const View *v, int kind, int keep, real *sums) noexcept nogil:
+    if keep == PAIRED and kind == SUM_PHI + 1:
+        sum_many_phi1(job, v, sums)
+    elif keep == PAIRED and kind == SUM_PHI + 2:
+        sum_many_phi2(job, v, sums)
+    elif keep == PAIRED and kind == SUM_PHI + 3:
+        sum_many_phi3(job, v, sums)
+    else:
+        sum_many_any_phi(job, v, kind, keep, sums)
+
+cdef void sum_many_teacher(const Job *job, const View *v, real *sums) noexcept nogil:
+    reduce(job, v, False, MIXED, SUM_TEACHER, PAIRED, sums)
+
+cdef void sum_many_forward(const Job *job, const View *v, real *sums) noexcept nogil:
+    reduce(job, v, False, MIXED, SUM_DIVERGENCE, PAIRED, sums)
+
+cdef void sum_many_reverse(const Job *job, const View *v, real *sums) noexcept nogil:
+    reduce(job, v, False, MIXED, SUM_DIVERGENCE + 1, PAIRED, sums)
+
+cdef void sum_many_js(const Job *job, const View *v, real *sums) noexcept nogil:
+    reduce(job, v, False, MIXED, SUM_DIVERGENCE + 2, PAIRED, sums)
+
+cdef void sum_many_pairs(const Job *job, const View *v, int kind, real *sums) noexcept nogil:
+    if kind == SUM_TEACHER:
+        sum_many_teacher(job, v, sums)
+    elif kind == SUM_DIVERGENCE:
+        sum_many_forward(job, v, sums)
+    elif kind == SUM_DIVERGENCE + 1:
+        sum_many_reverse(job, v, sums)
+    else:
+        sum_many_js(job, v, sums)
 
 cdef void sum_full(const Job *job, const View *v, int kind, int keep, real *sums) noexcept nogil:
     if job.wide:
@@ -145,11 +270,16 @@ cdef void sum_full(const Job *job, const View *v, int kind, int keep, real *sums
 cdef void sum_rows(const Job *job, const View *v, int kind, int keep, real *sums) noexcept nogil:
     if job.level == FULL:
         sum_full(job, v, kind, keep, sums)
-    elif job.level == MIXED and kind == SUM_PHI:
+    elif job.level == MIXED and SUM_PHI <= kind < SUM_TEACHER:
         if job.wide:
-            sum_wide_phi(job, v, sums)
+            sum_wide_phi(job, v, kind, keep, sums)
         else:
-            sum_many_phi(job, v, sums)
+            sum_many_phi(job, v, kind, keep, sums)
+    elif job.level == MIXED and kind >= SUM_TEACHER:
+        if job.wide:
+            sum_wide_pairs(job, v, kind, keep, sums)
+        else:
+            sum_many_pairs(job, v, kind, sums)
     elif job.level == MIXED:
         if job.wide:
             sum_wide_mixed(job, v, kind, keep, sums)
@@ -195,6 +325,8 @@ cdef inline void find_top_wide(
         best_block[k] = r_set(0)
     block = 0
     while block < n_classes:
+        if is_time_to_look(job.watch, block):
+            break
         for k in range(VECTORS):
             greatest = r_set(-INF)
             if block + BLOCK * VIRTUAL <= n_classes:
@@ -226,6 +358,7 @@ cdef inline void find_top_wide(
         while lanes:
             first = min(first, <Py_ssize_t>blocks[lowest_bit(lanes)])
             lanes &= lanes - 1
+    first -= first >> 20               # beyond 2^24 blocks, float32 has rounded the number
     c = first * BLOCK * VIRTUAL
     while c < n_classes:
         n = LANES if c + LANES <= n_classes else <int>(n_classes - c)
@@ -239,9 +372,6 @@ cdef inline void find_top_wide(
 cdef void top_wide(const Job *job, const View *v, scalar *maximum, Py_ssize_t *top) noexcept nogil:
     find_top_wide(job, v, SPARSE, maximum, top)
 
-cdef void top_wide_mixed(const Job *job, const View *v, scalar *maximum, Py_ssize_t *top) noexcept nogil:
-    find_top_wide(job, v, MIXED, maximum, top)
-
 cdef void top_wide_full(const Job *job, const View *v, scalar *maximum, Py_ssize_t *top) noexcept nogil:
     find_top_wide(job, v, FULL, maximum, top)
 
@@ -249,8 +379,6 @@ cdef void top_wide_full(const Job *job, const View *v, scalar *maximum, Py_ssize
 cdef void find_top(const Job *job, const View *v, scalar *maximum, Py_ssize_t *top) noexcept nogil:
     if job.level == FULL:
         top_wide_full(job, v, maximum, top)
-    elif job.level == MIXED:
-        top_wide_mixed(job, v, maximum, top)
     else:
         top_wide(job, v, maximum, top)
 
@@ -259,27 +387,29 @@ cdef inline bint lies_in_rows(const Job *job, const View *v, int operand, int n)
     """Whether a full tile of an operand lies in rows of adjacent classes, to be turned block by block."""
     return (
         v.at[operand] != NULL and n == LANES and job.n_classes >= CORNER
-        and v.step[operand] == sizeof(storage) and v.lane[operand] != sizeof(storage)
+        and v.step[operand] == sizeof(storage) and v.lane[operand] != sizeof(storage) and v.kind[operand] == 0
     )
 
 
 cdef void top_many(const Job *job, View *v, int n, real *stage, real *maximum, real *top) noexcept nogil:
     """The same for a row in each lane; keeps the logits in `stage` if there is one."""
-    cdef Py_ssize_t c
+    cdef Py_ssize_t c, start, end = 0
     cdef real x, best = r_set(-INF), place = r_set(0), index = r_set(0)
     cdef bint turned = stage != NULL and lies_in_rows(job, v, X, n)
     if turned:
         turn_in(v.at[X], v.lane[X], job.n_classes, stage)
         v.kept_logits = stage
-    for c in range(job.n_classes):
-        x = stage[c] if turned else raw_logits(v, c, n, False)
-        if job.level >= MIXED:
-            x = transformed(job, v, c, n, x)
-        if stage != NULL and (job.level >= MIXED or not turned):
-            stage[c] = x
-        place = r_select(r_gt(x, best), index, place)
-        best = r_max(x, best)
-        index = index + r_set(1)
+    while end < job.n_classes and not is_time_to_look(job.watch, end):
+        start, end = end, min(end + LOOK_CLASSES, job.n_classes)
+        for c in range(start, end):
+            x = stage[c] if turned else read(v, X, c, n, 0, False, FULL)
+            if job.level == FULL and v.at[WHERE] != NULL:
+                x = r_select(remaining(v, c, n), x, r_set(-INF))
+            if stage != NULL and (job.level == FULL or not turned):
+                stage[c] = x
+            place = r_select(r_gt(x, best), index, place)
+            best = r_max(x, best)
+            index = index + r_set(1)
     maximum[0], top[0] = best, place
 
 
@@ -287,16 +417,20 @@ cdef inline void write_all(const Job *job, const View *view, int n, bint wide, i
     """The outputs of a row (wide), or of n rows (many)."""
     cdef View here = view[0]
     cdef const View *v = &here
-    cdef Py_ssize_t c = 0, n_classes = job.n_classes
-    if wide:
-        while c + LANES <= n_classes:
-            write(job, v, c, LANES, True, level, keep)
-            c += LANES
-        if c < n_classes:
-            write(job, v, c, <int>(n_classes - c), True, level, keep)
-    else:
-        for c in range(n_classes):
-            write(job, v, c, n, False, level, keep)
+    cdef Py_ssize_t c = 0, end
+    while c < job.n_classes and not is_time_to_look(job.watch, c):
+        end = min(c + LOOK_CLASSES, job.n_classes)
+        if wide:
+            while c + LANES <= end:
+                write(job, v, c, LANES, True, level, keep)
+                c += LANES
+            if c < end:
+                write(job, v, c, <int>(end - c), True, level, keep)
+                c = end
+        else:
+            while c < end:
+                write(job, v, c, n, False, level, keep)
+                c += 1
 
 
 cdef void write_wide_sparse(const Job *job, const View *v) noexcept nogil:
@@ -314,12 +448,25 @@ cdef void write_mixed(const Job *job, const View *v, int n, int keep) noexcept n
     else:
         write_all(job, v, n, False, MIXED, keep)
 
+cdef void write_wide_pairs(const Job *job, const View *v) noexcept nogil:
+    write_all(job, v, 1, True, MIXED, PAIRED)
+
+cdef void write_many_pairs(const Job *job, const View *v, int n) noexcept nogil:
+    write_all(job, v, n, False, MIXED, PAIRED)
+
 cdef void write_full(const Job *job, const View *v, int n, int keep) noexcept nogil:
     write_all(job, v, n, job.wide, FULL, keep)
 
 
 cdef void write_rows(const Job *job, const View *v, int n, int keep) noexcept nogil:
-    if job.level == MIXED:
+    if job.z_loss != 0 and r_lanes_of(r_not(r_eq(v.far, r_set(0)))):
+        write_full(job, v, n, keep)
+    elif job.level == MIXED and keep == PAIRED:
+        if job.wide:
+            write_wide_pairs(job, v)
+        else:
+            write_many_pairs(job, v, n)
+    elif job.level == MIXED:
         write_mixed(job, v, n, keep)
     elif job.wide and keep != FORGET and job.level == SPARSE:
         write_wide_sparse(job, v)
@@ -341,13 +488,9 @@ cdef inline bint is_removed(const Job *job, const Tile *tile, int i, Py_ssize_t 
 
 cdef inline scalar dense_of(const Job *job, const Tile *tile, int i, Py_ssize_t c) noexcept nogil:
     """The dense coefficient of one entry, as `coefficients` has it."""
-    cdef real d = r_set(tile.share[i])
-    if is_removed(job, tile, i, c):
-        return 0
-    if job.q_is_scalar:
-        d = r_fma(r_set(job.label_share), r_gather_scalars(entry_of(job, tile, Q, i, c), 0, 1), d)
-    elif job.at[Q].data != NULL:
-        d = r_fma(r_set(job.label_share), r_set(s_load(<const storage *>entry_of(job, tile, Q, i, c))), d)
+    cdef real d = r_set(0 if is_removed(job, tile, i, c) else tile.share[i])
+    if job.at[Q].data != NULL:
+        d = r_fma(r_set(job.label_share), r_set(read_scalar(entry_of(job, tile, Q, i, c), job.kind[Q])), d)
     if job.weight != NULL:
         d = d * r_set(job.weight[c])
     return first_lane(d)
@@ -361,14 +504,11 @@ cdef inline scalar first_lane(real a) noexcept nogil:
 
 cdef inline scalar logit_of(const Job *job, const Tile *tile, int i, Py_ssize_t c) noexcept nogil:
     """One logit, as `logits` has it."""
-    cdef real x = r_set(raw_logit_of(job, tile, i, c))
-    if job.transforms:
-        x = transform_logit(job.transform, x)
-    return -INF if is_removed(job, tile, i, c) else first_lane(x)
+    return -INF if is_removed(job, tile, i, c) else raw_logit_of(job, tile, i, c)
 
 
 cdef inline scalar raw_logit_of(const Job *job, const Tile *tile, int i, Py_ssize_t c) noexcept nogil:
-    return s_load(<const storage *>entry_of(job, tile, X, i, c))
+    return read_scalar(entry_of(job, tile, X, i, c), job.kind[X])
 
 
 cdef struct Label:
@@ -379,27 +519,11 @@ cdef struct Label:
 cdef inline Label label_at(const char *p, int kind, Py_ssize_t n_classes, long long ignore_index) noexcept nogil:
     """Read a label once, then check and use only that copy: another thread may write to the array meanwhile."""
     cdef Label label
-    cdef long long value
+    cdef int64_t value
     label.value = -1
-    if kind == -8:
-        value = (<const volatile int64_t *>p)[0]
-    elif kind == -4:
-        value = (<const volatile int32_t *>p)[0]
-    elif kind == -2:
-        value = (<const volatile int16_t *>p)[0]
-    elif kind == -1:
-        value = (<const volatile int8_t *>p)[0]
-    elif kind == 1:
-        value = (<const volatile uint8_t *>p)[0]
-    elif kind == 2:
-        value = (<const volatile uint16_t *>p)[0]
-    elif kind == 4:
-        value = (<const volatile uint32_t *>p)[0]
-    else:
-        value = <long long>(<const volatile uint64_t *>p)[0]
-        if value < 0:                  # above the largest int64: neither a class nor ignore_index
-            label.status = INVALID
-            return label
+    if not read_label(p, kind, &value):  # neither a class nor ignore_index
+        label.status = INVALID
+        return label
     if value == ignore_index:
         label.status = IGNORED
     elif 0 <= value < n_classes:
@@ -410,7 +534,7 @@ cdef inline Label label_at(const char *p, int kind, Py_ssize_t n_classes, long l
 
 
 cdef inline void open_tile(const Job *job, Tile *tile, Py_ssize_t row, int n) noexcept nogil:
-    """Where the rows lie, and what their labels say."""
+    """Where the rows lie, which of them count, and what their labels say."""
     cdef Py_ssize_t outer = row // job.run, inner = row - outer * job.run, index
     cdef Label label
     cdef int i, k, axis
@@ -434,12 +558,34 @@ cdef inline void open_tile(const Job *job, Tile *tile, Py_ssize_t row, int n) no
     r_store_scalars(tile.sample, r_set(1))
     r_store_scalars(tile.index, r_set(0))
     r_store_scalars(tile.label_logit, r_set(0))
+    if job.teacher != NULL:
+        r_store_scalars(tile.teacher_max, r_set(0))
+        for i in range(LANES):
+            tile.top[i], tile.teacher_top[i], tile.top_place[i] = 0, 0, -1
     if job.wide:                       # ignored rows leave gaps there
         r_store_scalars(tile.max, r_set(0))
         for k in range(TERMS):
             r_store_scalars(tile.sums[k], r_set(0))
+    # whatever a row holds, a weight of 0 removes it, and so does `where` if it leaves no class
+    if tile.at[SAMPLE] != NULL:
+        for i in range(n):
+            tile.sample[i] = read_scalar(tile.at[SAMPLE] + i * job.at[SAMPLE].rows, job.kind[SAMPLE])
+            if tile.sample[i] == 0:
+                tile.status[i] = IGNORED
+    if job.at[WHERE].data != NULL and job.what == LOSS:
+        for i in range(n):
+            index = classes_left(
+                job.watch, tile.at[WHERE] + i * job.at[WHERE].rows, job.n_classes, job.at[WHERE].classes,
+                job.label_smoothing != 0,
+            )
+            if index == 0:
+                tile.status[i] = IGNORED
+            elif job.label_smoothing != 0:
+                tile.share[i] = job.label_smoothing / <scalar>index
     if tile.at[LABEL] != NULL:
         for i in range(n):
+            if tile.status[i] == IGNORED:
+                continue
             label = label_at(
                 tile.at[LABEL] + i * job.at[LABEL].rows, job.label_kind, job.n_classes, job.ignore_index
             )
@@ -450,15 +596,25 @@ cdef inline void open_tile(const Job *job, Tile *tile, Py_ssize_t row, int n) no
                 tile.index[i] = job.label_share if job.weight == NULL else job.label_share * job.weight[label.value]
             elif label.status == INVALID:
                 tile.index[i] = NAN
-    if tile.at[SAMPLE] != NULL:
-        for i in range(n):
-            tile.sample[i] = (<const scalar *>(tile.at[SAMPLE] + i * job.at[SAMPLE].rows))[0]
-    if job.at[WHERE].data != NULL and job.label_smoothing != 0:
-        for i in range(n):
-            index = 0
-            for inner in range(job.n_classes):
-                index += (tile.at[WHERE] + i * job.at[WHERE].rows + inner * job.at[WHERE].classes)[0] != 0
-            tile.share[i] = job.label_smoothing / <scalar>index if index else 0
+
+
+cdef inline Py_ssize_t classes_left(
+    xce_watch *watch, const char *where, Py_ssize_t n_classes, Py_ssize_t stride, bint counts
+) noexcept nogil:
+    """How many classes `where` leaves to a row or, unless that `counts`, whether it leaves any."""
+    cdef Py_ssize_t count = 0, c = 0, end
+    while c < n_classes and not is_time_to_look(watch, c):
+        end = min(c + LOOK_CLASSES, n_classes)
+        if counts:
+            while c < end:
+                count += where[c * stride] != 0
+                c += 1
+        else:
+            while c < end:
+                if where[c * stride] != 0:
+                    return 1
+                c += 1
+    return count
 
 
 cdef inline void look(const Job *job, const Tile *tile, View *v, int i) noexcept nogil:
@@ -468,11 +624,38 @@ cdef inline void look(const Job *job, const Tile *tile, View *v, int i) noexcept
     for k in range(ENTRY_OPERANDS):
         v.at[k] = tile.at[k]
         v.step[k] = job.at[k].classes
+        v.kind[k] = job.kind[k]
         v.lane[k] = job.at[k].classes if wide else job.at[k].rows
         if wide and v.at[k] != NULL:
             v.at[k] += i * job.at[k].rows
-    v.kept_logits, v.kept_exp, v.turned_grad, v.kept_teacher, v.picked = NULL, NULL, NULL, NULL, NULL
+    v.kept_logits, v.kept_exp, v.turned_grad, v.kept_teacher = NULL, NULL, NULL, NULL
+    v.picked, v.teacher_has, v.kept_pair = NULL, NULL, NULL
     v.tops, v.n = r_set(-1), tile.n
+
+
+cdef inline rmask label_is_top(const Tile *tile) noexcept nogil:
+    """Where no label is elsewhere."""
+    cdef scalar elsewhere[LANES]
+    cdef int i
+    for i in range(LANES):
+        elsewhere[i] = tile.label[i] != tile.top[i] and tile.label[i] >= 0
+    return r_eq(r_load_scalars(elsewhere), r_set(0))
+
+
+cdef void set_slopes(const Job *job, Tile *tile) noexcept nogil:
+    """What the slopes of the entries are measured from."""
+    cdef scalar a_top[LANES]
+    cdef int i
+    for i in range(LANES):
+        a_top[i] = dense_of(job, tile, i, tile.top[i]) if i < tile.n and tile.status[i] != IGNORED else 0
+    tile.slope = slope_of_top(
+        tile.state, r_load_scalars(a_top) + r_select(label_is_top(tile), r_load_scalars(tile.index), r_set(0)), job.phi,
+        job.parameter,
+    )
+
+
+cdef void finish_slopes(const Job *job, const Tile *tile, const row_target *t, row_result *r) noexcept nogil:
+    relative_finish(r, tile.state, t[0], tile.slope, r_load_scalars(tile.phi_sums[3]), job.phi, job.parameter)
 
 
 cdef inline void finish(const Job *job, Tile *tile) noexcept nogil:
@@ -481,22 +664,19 @@ cdef inline void finish(const Job *job, Tile *tile) noexcept nogil:
     cdef row_result r
     cdef scalar d_top[LANES]
     cdef scalar d_label[LANES]
-    cdef scalar elsewhere[LANES]
     cdef scalar raw_label[LANES]
     cdef scalar raw_top[LANES]
-    cdef real zero = r_set(0), outside
+    cdef logit_origin origin
+    cdef real zero = r_set(0)
     cdef int i
-    for i in range(LANES):
-        elsewhere[i] = tile.label[i] != tile.top[i] and tile.label[i] >= 0
     t.d_top, t.d_label = zero, zero
-    t.v_top, t.t_top, t.gap_top = zero, zero, zero
     if job.dense or job.transforms:
         for i in range(LANES):
             d_top[i], d_label[i], raw_label[i], raw_top[i] = 0, 0, 0, 0
         for i in range(tile.n):
             if tile.status[i] == IGNORED:
                 continue
-            if job.dense and job.teacher == NULL:
+            if job.dense:
                 d_top[i] = dense_of(job, tile, i, tile.top[i])
             raw_top[i] = raw_logit_of(job, tile, i, tile.top[i])
             if tile.label[i] >= 0:
@@ -504,14 +684,15 @@ cdef inline void finish(const Job *job, Tile *tile) noexcept nogil:
                     d_label[i] = dense_of(job, tile, i, tile.label[i])
                 raw_label[i] = raw_logit_of(job, tile, i, tile.label[i])
         t.d_top, t.d_label = r_load_scalars(d_top), r_load_scalars(d_label)
-    if job.teacher != NULL:
-        t.d_top = r_set(1)
-        teacher_at_top(job, tile, &t)
-    t.index, t.label_logit = r_load_scalars(tile.index), r_load_scalars(tile.label_logit)
-    t.label_is_top = r_eq(r_load_scalars(elsewhere), zero)
+    t.index = r_load_scalars(tile.index)
+    t.label_entry.high, t.label_entry.low = r_load_scalars(tile.label_logit), zero
+    if job.by_distance:
+        origin = transform_origin(job.transform, r_load_scalars(tile.max))
+        t.label_entry = distances(job, &origin, t.label_entry.high)
+    t.label_is_top = label_is_top(tile)
     t.weight = r_load_scalars(tile.sample)
     t.factor = t.weight * r_set(job.scale)
-    t.z_loss = r_set(job.z_loss)
+    t.z_loss = job.z_loss
     t.sum, t.sum1, t.sum2 = zero, zero, zero
     if job.dense and job.linear:
         t.sum = r_load_scalars(tile.sums[1]) + weighted(r_load_scalars(tile.sums[2]), tile.state.log_z)
@@ -519,11 +700,9 @@ cdef inline void finish(const Job *job, Tile *tile) noexcept nogil:
     elif job.dense:
         t.sum, t.sum1 = r_load_scalars(tile.phi_sums[0]), r_load_scalars(tile.phi_sums[1])
         t.sum2 = r_load_scalars(tile.phi_sums[2])
-    elif job.sparse_teacher:
-        outside = tile.state.rest * tile.state.inverse * r_set(share_outside(job.phi))
-        t.sum, t.sum1 = r_load_scalars(tile.phi_sums[0]) + outside, r_load_scalars(tile.phi_sums[1]) + outside
-        t.sum2 = r_load_scalars(tile.phi_sums[2]) + outside
     r = row_finish(tile.state, t, job.phi, job.parameter)
+    if job.relative:
+        finish_slopes(job, tile, &t, &r)
     if job.transforms:
         transform_derivatives(job.transform, r_load_scalars(raw_top), &r.grad_top, &r.hess_top)
         transform_derivatives(job.transform, r_load_scalars(raw_label), &r.grad_label, &r.hess_label)

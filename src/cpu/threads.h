@@ -13,17 +13,16 @@ static inline int omp_in_parallel(void) { return 0; }
 
 static int xce_forked_with_team; /* in a child: its threads were lost while OpenMP still counts on them */
 
-#if defined(_OPENMP) && (defined(__unix__) || defined(__APPLE__))
+#if defined(_OPENMP) && !defined(__clang__) && (defined(__unix__) || defined(__APPLE__))
 #include <pthread.h>
 
 /* libgomp does not survive a fork: the child waits for threads that are not there. Sending the team home before the fork
- * lets parent and child start anew. Where that fails (a fork from within a team, an old runtime) the child stays on one thread. */
+ * lets parent and child start anew. Where that fails (a fork from within a team) the child stays on one thread. Clang's
+ * libomp starts anew in a child by itself. */
 static int xce_team_released;
 static void xce_before_fork(void)
 {
-#if _OPENMP >= 201811 || (defined(__GNUC__) && !defined(__clang__)) /* GCC has it, but declares itself older */
     xce_team_released = !omp_in_parallel() && omp_pause_resource_all(omp_pause_soft) == 0;
-#endif
 }
 static void xce_after_fork_in_child(void) { xce_forked_with_team = !xce_team_released; }
 static inline int xce_watch_forks(void) { return pthread_atfork(xce_before_fork, NULL, xce_after_fork_in_child); }

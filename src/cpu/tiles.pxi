@@ -3,33 +3,43 @@
 cdef inline void set_outputs(const Job *job, const Tile *tile, View *v) noexcept nogil:
     """What step 3 needs of the rows, each in its lane."""
     cdef real sample = r_load_scalars(tile.sample)
-    cdef real outside = r_set(share_outside(job.phi) if job.sparse_teacher else 0)
+    cdef jet outside
     v.factor = sample * r_set(job.scale)
     v.inverse, v.log_z, v.max = tile.state.inverse, tile.state.log_z, tile.state.max
-    v.b, v.d = tile.result.b, tile.result.d
+    v.b, v.d, v.far = tile.result.b, tile.result.d, tile.result.far
     if job.what == LOSS:
-        v.out_exp = (outside - v.b) * v.factor * v.inverse
+        v.out_exp = (r_set(0) - tile.result.slope) * v.factor * v.inverse
     else:
         v.out_exp = v.inverse
-    v.out_hess1 = (outside - v.b) * v.factor
-    v.out_hess2 = (v.b + v.d - outside - outside) * v.factor
+    v.out_hess1 = (r_set(0) - v.b) * v.factor
+    v.out_hess2 = (v.b + v.d) * v.factor
     v.share = r_load_scalars(tile.share)
     v.ref = r_exp_reference(v.max)
     if job.teacher != NULL:
-        v.teacher_max, v.teacher_log_z, v.teacher_inverse = tile.teacher.max, tile.teacher.log_z, tile.teacher.inverse
-        v.teacher_ref = r_exp_reference(v.teacher_max)
+        v.by.match = tile.match
+    if job.relative:
+        v.by.slope = tile.slope
+    if job.sparse_teacher:
+        outside = match_outside(job.phi, tile.match, v.factor, v.b, v.d)
+        v.out_exp, v.out_hess1, v.out_hess2 = outside.value * v.inverse, outside.d1, outside.d2
 
 
-cdef inline void pick_row(View *v, int i) noexcept nogil:
+cdef inline void pick_row(const Job *job, const Tile *tile, View *v, int i) noexcept nogil:
     """Row i's in every lane."""
     v.factor, v.inverse, v.log_z, v.max = lane(v.factor, i), lane(v.inverse, i), lane(v.log_z, i), lane(v.max, i)
     v.out_exp, v.out_hess1, v.out_hess2 = lane(v.out_exp, i), lane(v.out_hess1, i), lane(v.out_hess2, i)
     v.share = lane(v.share, i)
-    v.b, v.d = lane(v.b, i), lane(v.d, i)
+    v.b, v.d, v.far = lane(v.b, i), lane(v.d, i), lane(v.far, i)
     v.ref = r_exp_reference(v.max)
-    v.teacher_max, v.teacher_log_z = lane(v.teacher_max, i), lane(v.teacher_log_z, i)
-    v.teacher_inverse = lane(v.teacher_inverse, i)
-    v.teacher_ref = r_exp_reference(v.teacher_max)
+    if job.by_distance:
+        v.by.origin = transform_origin(job.transform, r_set(tile.max[i]))
+    if job.teacher != NULL:
+        pick_match(&v.by.match, i)
+    if job.relative:
+        v.by.slope.a_top, v.by.slope.p = lane(v.by.slope.a_top, i), lane(v.by.slope.p, i)
+        v.by.slope.not_d1 = lane(v.by.slope.not_d1, i)
+        v.by.slope.top.high, v.by.slope.top.low = lane(v.by.slope.top.high, i), lane(v.by.slope.top.low, i)
+        v.by.slope.share.high, v.by.slope.share.low = lane(v.by.slope.share.high, i), lane(v.by.slope.share.low, i)
 
 
 cdef inline real lane(real a, int i) noexcept nogil:
@@ -64,18 +74,21 @@ cdef inline void set_entry(
     if is_removed(job, tile, i, c):
         return
     if job.want_grad:
-        s_store(<storage *>entry_of(job, tile, GRAD, i, c), grad)
+        write_scalar(<char *>entry_of(job, tile, GRAD, i, c), job.kind[GRAD], grad)
     if job.want_hess:
-        s_store(<storage *>entry_of(job, tile, HESS, i, c), hess)
+        write_scalar(<char *>entry_of(job, tile, HESS, i, c), job.kind[HESS], hess)
 
 
 cdef inline void fill_row(const Job *job, const Tile *tile, int i, int operand, scalar a) noexcept nogil:
-    cdef Py_ssize_t c
-    if a == 0 and job.at[operand].classes == sizeof(storage):
-        memset(tile.at[operand] + i * job.at[operand].rows, 0, job.n_classes * sizeof(storage))
-        return
-    for c in range(job.n_classes):
-        s_store(<storage *>entry_of(job, tile, operand, i, c), a)
+    cdef Py_ssize_t c = 0, k, end, size = size_of_kind(job.kind[operand])
+    while c < job.n_classes and not is_time_to_look(job.watch, c):
+        end = min(c + LOOK_CLASSES, job.n_classes)
+        if a == 0 and job.at[operand].classes == size:
+            memset(<char *>entry_of(job, tile, operand, i, c), 0, (end - c) * size)
+        else:
+            for k in range(c, end):
+                write_scalar(<char *>entry_of(job, tile, operand, i, k), job.kind[operand], a)
+        c = end
 
 
 cdef inline void clear_row(const Job *job, const Tile *tile, int i, scalar a) noexcept nogil:
@@ -88,7 +101,7 @@ cdef inline void clear_row(const Job *job, const Tile *tile, int i, scalar a) no
 cdef void nll_tile(const Job *job, Tile *tile) noexcept nogil:
     """Rows of log-probabilities, of which only the labelled ones are read."""
     cdef scalar values[LANES]
-    cdef scalar a
+    cdef scalar a, elsewhere
     cdef int i
     for i in range(LANES):
         values[i] = 0
@@ -101,18 +114,26 @@ cdef void nll_tile(const Job *job, Tile *tile) noexcept nogil:
         elif tile.status[i] == INVALID:
             values[i] = NAN
         if job.writes:
-            clear_row(job, tile, i, values[i] if tile.status[i] == INVALID else 0)
+            elsewhere = 0
+            if tile.status[i] == INVALID or (tile.status[i] == ACTIVE and job.scale != job.scale):
+                elsewhere = NAN
+            clear_row(job, tile, i, elsewhere)
             if tile.label[i] >= 0:
-                set_entry(job, tile, i, tile.label[i], -(a * job.scale), 0)
+                set_entry(job, tile, i, tile.label[i], -(a * job.scale), elsewhere)
     tile.result.value = r_load_scalars(values)
 
 
 cdef void wide_tile(const Job *job, Tile *tile, real *stage) noexcept nogil:
     cdef Py_ssize_t vectors = (job.n_classes + LANES - 1) // LANES
-    cdef int kind = first_reading(job), keep = FORGET, i
+    cdef int kind = first_reading(job), keep = FORGET, i, k
     cdef View v
-    cdef real sums[TERMS]
-    if keeps_exp(job) and job.level < MIXED and job.want_grad and not STORAGE_IS_16_BIT:
+    cdef Distances by
+    cdef real sums[TERMS + 1]
+    for k in range(TERMS):
+        sums[k] = r_set(0)
+    if job.keeps_pairs:
+        keep = PAIRED
+    elif keeps_exp(job) and job.level < MIXED and job.want_grad and not STORAGE_IS_16_BIT:
         keep = IN_GRAD
     elif keeps_exp(job) and (job.level >= MIXED or STORAGE_IS_16_BIT) and tile.n * vectors <= STAGE:
         keep = STAGED
@@ -120,40 +141,50 @@ cdef void wide_tile(const Job *job, Tile *tile, real *stage) noexcept nogil:
         if tile.status[i] == IGNORED:
             continue
         look(job, tile, &v, i)
+        v.by = &by
         find_top(job, &v, &tile.max[i], &tile.top[i])
         if tile.label[i] >= 0:
             tile.label_logit[i] = logit_of(job, tile, i, tile.label[i])
         if job.sparse_teacher:
-            pick(job, tile, i, picked_row(job, stage, i), 1)
+            pick(job, tile, i, stage)
+            v.teacher_has = classes_of_teacher(job, stage)
+        if has_dense_teacher(job):     # student and teacher are read together
+            continue
         v.top = tile.top[i]
-        v.max = r_set(tile.max[i])
-        v.ref = r_exp_reference(v.max)
+        open_row(job, &v, r_set(tile.max[i]))
         v.share, v.label_logit = r_set(tile.share[i]), r_set(tile.label_logit[i])
         v.kept_exp = stage + i * vectors
         sum_rows(job, &v, kind, keep, sums)
         tile.sums[0][i] = first_lane(sums[0])
         if kind != SUM_EXP:
             tile.sums[1][i], tile.sums[2][i] = first_lane(sums[1]), first_lane(sums[2])
-    tile.state = row_close(r_load_scalars(tile.max), r_load_scalars(tile.sums[0]))
+        if kind == SUM_STATS:
+            tile.above[i] = <int64_t>tile.sums[2][i] + <int64_t>first_lane(sums[TERMS])
+    if not has_dense_teacher(job):
+        close_rows(job, tile)
     if job.teacher != NULL:
-        read_teacher_wide(job, tile)
-    if job.sparse_teacher or (job.dense and not job.linear):
+        match_teacher(job, tile, NULL, stage)
+    if job.relative:
+        set_slopes(job, tile)
+    if job.teacher != NULL or (job.dense and not job.linear):
         for i in range(tile.n):
             if tile.status[i] == IGNORED:
                 continue
             look(job, tile, &v, i)
+            v.by = &by
             set_outputs(job, tile, &v)
-            pick_row(&v, i)
-            if job.sparse_teacher:
-                v.top, v.picked = tile.top_place[i], <const real *>picked_row(job, stage, i)
-                sum_sparse(job, &v, sums)
+            pick_row(job, tile, &v, i)
+            if job.teacher != NULL:
+                view_pair(job, tile, &v, stage, i)
+                v.top = tile.top_place[i] if job.sparse_teacher else tile.top[i]
+                sum_pair(job, &v, SUM_DIVERGENCE + job.phi - FIRST_DIVERGENCE, sums)
             else:
                 v.top = tile.top[i]
-                sum_rows(job, &v, SUM_PHI, FORGET, sums)
-            tile.phi_sums[0][i], tile.phi_sums[1][i] = first_lane(sums[0]), first_lane(sums[1])
-            tile.phi_sums[2][i] = first_lane(sums[2])
-    if job.what == LOSS:
-        finish(job, tile)
+                view_kept(job, &v, stage, i)
+                sum_rows(job, &v, SUM_PHI + job.phi, keep, sums)
+            for k in range(TERMS):
+                tile.phi_sums[k][i] = first_lane(sums[k])
+    finish_loss(job, tile)
     if not job.writes:
         return
     for i in range(tile.n):
@@ -161,15 +192,46 @@ cdef void wide_tile(const Job *job, Tile *tile, real *stage) noexcept nogil:
             clear_row(job, tile, i, 0)
             continue
         look(job, tile, &v, i)
+        v.by = &by
         set_outputs(job, tile, &v)
-        pick_row(&v, i)
+        pick_row(job, tile, &v, i)
+        if job.teacher != NULL:
+            view_pair(job, tile, &v, stage, i)
+        else:
+            view_kept(job, &v, stage, i)
         v.kept_exp = stage + i * vectors
         write_rows(job, &v, 1, keep)
         if job.sparse_teacher:
-            v.picked = <const real *>picked_row(job, stage, i)
             write_sparse(job, tile, &v, i)
     if job.what == LOSS:
         set_entries(job, tile)
+
+
+cdef inline bint has_dense_teacher(const Job *job) noexcept nogil:
+    return job.teacher != NULL and not job.sparse_teacher
+
+
+cdef inline void open_row(const Job *job, View *v, real maximum) noexcept nogil:
+    """What the entries are measured by, once the greatest logits are known."""
+    v.max = maximum
+    if job.by_distance:
+        v.by.origin, v.max = transform_origin(job.transform, maximum), r_set(0)
+    v.ref = r_exp_reference(v.max)
+
+
+cdef inline void close_rows(const Job *job, Tile *tile) noexcept nogil:
+    cdef real maximum = r_load_scalars(tile.max), rest = r_load_scalars(tile.sums[0])
+    if job.by_distance:
+        tile.state = row_close_transformed(job.transform, maximum, rest)
+    else:
+        tile.state = row_close(maximum, rest)
+
+
+cdef inline void finish_loss(const Job *job, Tile *tile) noexcept nogil:
+    if job.teacher != NULL:
+        finish_divergence(job, tile)
+    elif job.what == LOSS:
+        finish(job, tile)
 
 
 cdef inline bint keeps_exp(const Job *job) noexcept nogil:
@@ -193,10 +255,14 @@ cdef void many_tile(const Job *job, Tile *tile, real *stage) noexcept nogil:
     cdef bint staged = job.n_classes <= STAGE
     cdef int kind = first_reading(job), keep = STAGED if staged and keeps_exp(job) else FORGET, i
     cdef View v
+    cdef Distances by
     cdef real sums[TERMS]
     cdef scalar tops[LANES]
     cdef scalar active[LANES]
+    if job.keeps_pairs:
+        keep = PAIRED
     look(job, tile, &v, 0)
+    v.by = &by
     top_many(job, &v, tile.n, stage if staged else NULL, &v.max, &v.tops)
     prefetch_next(job, tile)
     r_store_scalars(tile.max, v.max)
@@ -213,32 +279,39 @@ cdef void many_tile(const Job *job, Tile *tile, real *stage) noexcept nogil:
     v.kept_logits = stage if staged else NULL
     v.kept_exp = stage
     if job.sparse_teacher:
-        v.picked = stage + stage_vectors(job)
+        v.teacher_has = classes_of_teacher(job, stage)
+        forget_classes(job, classes_of_teacher(job, stage), job.n_classes)
         for i in range(tile.n):
-            pick(job, tile, i, <scalar *>v.picked + i, LANES)
-    v.ref = r_exp_reference(v.max)
+            pick(job, tile, i, stage)
+    open_row(job, &v, v.max)
     v.share, v.label_logit = r_load_scalars(tile.share), r_load_scalars(tile.label_logit)
-    sum_rows(job, &v, kind, keep, sums)
-    r_store_scalars(tile.sums[0], sums[0])
-    if kind != SUM_EXP:
-        r_store_scalars(tile.sums[1], sums[1])
-        r_store_scalars(tile.sums[2], sums[2])
-    tile.state = row_close(v.max, sums[0])
-    if job.teacher != NULL:
-        v.kept_teacher = read_teacher_many(job, tile, stage)
-    if job.sparse_teacher or (job.dense and not job.linear):
-        set_outputs(job, tile, &v)
-        if job.sparse_teacher:
+    for i in range(TERMS):
+        sums[i] = r_set(0)
+    if not has_dense_teacher(job):     # student and teacher are read together
+        sum_rows(job, &v, kind, keep, sums)
+        r_store_scalars(tile.sums[0], sums[0])
+        if kind != SUM_EXP:
+            r_store_scalars(tile.sums[1], sums[1])
+            r_store_scalars(tile.sums[2], sums[2])
+        if kind == SUM_STATS:
             for i in range(LANES):
-                tops[i] = <scalar>tile.top_place[i] if i < tile.n else -1
-            v.tops = r_load_scalars(tops)
-            sum_sparse(job, &v, sums)
+                tile.above[i] = <int64_t>tile.sums[2][i]
+        close_rows(job, tile)
+    if job.relative:
+        set_slopes(job, tile)
+    if job.teacher != NULL:
+        match_teacher(job, tile, &v, stage)
+        v.tops = places_in_lanes(&tile.top_place[0] if job.sparse_teacher else &tile.top[0], tile.n)
+    if job.teacher != NULL or (job.dense and not job.linear):
+        set_outputs(job, tile, &v)
+        if job.teacher != NULL:
+            sum_pair(job, &v, SUM_DIVERGENCE + job.phi - FIRST_DIVERGENCE, sums)
         else:
-            sum_rows(job, &v, SUM_PHI, FORGET, sums)
+            view_kept(job, &v, stage, 0)
+            sum_rows(job, &v, SUM_PHI + job.phi, keep, sums)
         for i in range(TERMS):
             r_store_scalars(tile.phi_sums[i], sums[i])
-    if job.what == LOSS:
-        finish(job, tile)
+    finish_loss(job, tile)
     if not job.writes:
         return
     set_outputs(job, tile, &v)
@@ -261,6 +334,8 @@ cdef void many_tile(const Job *job, Tile *tile, real *stage) noexcept nogil:
 cdef inline int first_reading(const Job *job) noexcept nogil:
     if job.what == STATS:
         return SUM_STATS
+    if job.sparse_teacher:
+        return SUM_OUTSIDE
     return SUM_LINEAR if job.what == STATE or (job.dense and job.linear) else SUM_EXP
 
 
@@ -273,13 +348,18 @@ cdef inline void put_rows(const Job *job, const Tile *tile, int k, real a, bint 
     for i in range(tile.n):
         if zero_if_ignored and tile.status[i] == IGNORED:
             lanes[i] = 0
-        (<scalar *>(tile.at[k] + i * job.at[k].rows))[0] = lanes[i]
+        if k == VALUE and job.kind[VALUE] != 0:
+            write_number(tile.at[k] + i * job.at[k].rows, job.kind[VALUE], lanes[i])
+        else:
+            (<scalar *>(tile.at[k] + i * job.at[k].rows))[0] = lanes[i]
 
 
 cdef Py_ssize_t first_nan(const Job *job, const Tile *tile, int i) noexcept nogil:
     cdef Py_ssize_t c
     cdef scalar x
     for c in range(job.n_classes):
+        if is_time_to_look(job.watch, c):
+            break
         x = logit_of(job, tile, i, c)
         if x != x:
             return c
@@ -294,7 +374,7 @@ cdef inline void put_lse(const Job *job, const Tile *tile) noexcept nogil:
     for i in range(tile.n):
         if lanes[i] != lanes[i] and first_nan(job, tile, i) < 0:
             lanes[i] = tile.max[i]
-        (<scalar *>(tile.at[VALUE] + i * job.at[VALUE].rows))[0] = lanes[i]
+    put_rows(job, tile, VALUE, r_load_scalars(lanes), False)
 
 
 cdef inline void put_stats(const Job *job, const Tile *tile) noexcept nogil:
@@ -306,7 +386,7 @@ cdef inline void put_stats(const Job *job, const Tile *tile) noexcept nogil:
     cdef int i
     r_store_scalars(log_z, s.log_z)
     if job.what == STATE:
-        put_rows(job, tile, VALUE, s.max, False)
+        put_rows(job, tile, VALUE, s.greatest, False)
         put_rows(job, tile, SPREAD, s.rest / s.top, False)
         put_rows(job, tile, LINEAR, r_load_scalars(tile.sums[1]), False)
     else:
@@ -314,7 +394,9 @@ cdef inline void put_stats(const Job *job, const Tile *tile) noexcept nogil:
         put_rows(job, tile, SPREAD, s.log_z + r_load_scalars(tile.sums[1]) * s.inverse, False)
     for i in range(tile.n):
         label_logit = tile.label_logit[i] if tile.label[i] >= 0 else NAN
-        (<scalar *>(tile.at[LABEL_LOGIT] + i * job.at[LABEL_LOGIT].rows))[0] = label_logit
+        (<scalar *>(tile.at[LABEL_LOGIT] + i * job.at[LABEL_LOGIT].rows))[0] = (
+            first_lane(transform_logit(job.transform, r_set(label_logit))) if job.transforms else label_logit
+        )
         if job.what == STATE:
             continue
         nan = -1
@@ -322,7 +404,7 @@ cdef inline void put_stats(const Job *job, const Tile *tile) noexcept nogil:
             nan = first_nan(job, tile, i)
         rank = -1
         if tile.label[i] >= 0 and nan < 0:
-            rank = <Py_ssize_t>tile.sums[2][i] + (tile.max[i] > label_logit)
+            rank = tile.above[i] + (tile.max[i] > label_logit)
         (<int64_t *>(tile.at[TOP] + i * job.at[TOP].rows))[0] = tile.top[i] if nan < 0 else nan
         (<int64_t *>(tile.at[RANK] + i * job.at[RANK].rows))[0] = rank
 
@@ -344,29 +426,35 @@ cdef double sum_of_doubles(const double *a, Py_ssize_t n) noexcept nogil:
     return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]))
 
 
-cdef double unit(const Job *job, Py_ssize_t index, real *stage) noexcept nogil:
+# What a thread works with besides its stage; none of it on a stack, which may be small.
+cdef struct Desk:
+    Tile tile
+    double values[UNIT_ROWS]
+
+
+cdef double unit(const Job *job, Py_ssize_t index, Desk *desk, real *stage) noexcept nogil:
     """Work off a portion of rows; the sum of their losses."""
     cdef Py_ssize_t row = index * job.unit_rows, first = row, end = min(row + job.unit_rows, job.n_rows), left
-    cdef double values[UNIT_ROWS]
+    cdef double *values = desk.values
     cdef scalar lanes[LANES]
-    cdef Tile tile
+    cdef Tile *tile = &desk.tile
     cdef int n, i
     while row < end:
         left = min(end - row, job.run - row % job.run)
         n = <int>min(left, <Py_ssize_t>job.tile_rows)
-        open_tile(job, &tile, row, n)
+        open_tile(job, tile, row, n)
         if job.what == NLL:
-            nll_tile(job, &tile)
+            nll_tile(job, tile)
         elif job.wide:
-            wide_tile(job, &tile, stage)
+            wide_tile(job, tile, stage)
         else:
-            many_tile(job, &tile, stage)
+            many_tile(job, tile, stage)
         if job.what == STATS or job.what == STATE:
-            put_stats(job, &tile)
+            put_stats(job, tile)
         elif job.what == LOGSUMEXP:
-            put_lse(job, &tile)
+            put_lse(job, tile)
         elif job.what == LOSS or job.what == NLL:
-            put_rows(job, &tile, VALUE, tile.result.value, True)
+            put_rows(job, tile, VALUE, tile.result.value, True)
             r_store_scalars(lanes, tile.result.value)
             for i in range(n):
                 values[row - first + i] = 0 if tile.status[i] == IGNORED else lanes[i]

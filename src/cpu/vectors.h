@@ -94,6 +94,7 @@ XCE_FN rmask r_gt(real a, real b) { return XCE_CMP(a, b, _CMP_GT_OQ); }
 XCE_FN rmask r_eq(real a, real b) { return XCE_CMP(a, b, _CMP_EQ_OQ); }
 XCE_FN rmask r_not(rmask m) { return (rmask)~m; }
 XCE_FN rmask r_mask_of(ints nonzero) { return XCE_CMP((real)__builtin_convertvector(nonzero, real), (real){0}, _CMP_NEQ_OQ); }
+XCE_FN rmask r_lanes_in(unsigned bits) { return (rmask)bits; }
 XCE_FN unsigned r_lanes_of(rmask m) { return m; }
 #else
 typedef ints rmask; /* every lane all ones or all zeros */
@@ -101,6 +102,13 @@ XCE_FN rmask r_gt(real a, real b) { return a > b; }
 XCE_FN rmask r_eq(real a, real b) { return a == b; }
 XCE_FN rmask r_not(rmask m) { return ~m; }
 XCE_FN rmask r_mask_of(ints nonzero) { return nonzero != 0; }
+XCE_FN rmask r_lanes_in(unsigned bits)
+{
+    ints m;
+    for (int i = 0; i < XCE_LANES; i++)
+        m[i] = bits >> i & 1 ? -1 : 0;
+    return m;
+}
 XCE_FN rmask r_first_lanes(int n)
 {
     ints m;
@@ -156,7 +164,25 @@ XCE_FN real r_remainder(real a, real q, real b) /* a - q b, exactly if q is a / 
 #endif
 }
 
-/* r_lanes_of: bit i is lane i.
+#if defined(__x86_64__) && !defined(__FMA__)
+XCE_FN real r_upper_half(real a) /* of the bits of its mantissa */
+{
+    real b = r_set((scalar)(((sint)1 << (sizeof(scalar) == 8 ? 27 : 12)) + 1)) * a;
+    return b - (b - a);
+}
+#endif
+XCE_FN real r_product_low(real a, real b, real product) /* a b - product, exactly, product being a b rounded */
+{
+#if defined(__x86_64__) && !defined(__FMA__)
+    real a_high = r_upper_half(a), a_low = a - a_high, b_high = r_upper_half(b), b_low = b - b_high;
+    real low = ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low;
+    return r_select(r_eq(low, low), low, r_set(0)); /* beyond the type */
+#else
+    return r_fma(a, b, -product);
+#endif
+}
+
+/* r_lanes_of, r_lanes_in: bit i is lane i.
  * r_max(a, b) is a > b ? a : b, that is b where either is NaN: r_max(x, running) skips NaN. */
 XCE_FN ints r_add_bits(ints a, ints b) { return a + b; } /* wraps: -fwrapv */
 XCE_FN ints r_if_positive(ints a) { return a & (a > 0); } /* or 0 */

@@ -47,15 +47,25 @@ XCE_FN void write_double(char *p, int kind, double x)
 
 /* ---- scans ----------------------------------------------------------------------------------------------------------- */
 
-XCE_FN bool is_bad(const array_job &j, int64_t flat)
+XCE_FN bool weighs(const array_job &j, const numbers &weight, int64_t flat)
+{
+    return !weight.data || read_double(weight.data + place_of(j, weight, flat), (int)weight.kind) != 0;
+}
+
+XCE_FN bool is_outside(const array_job &j, int64_t flat)
 {
     const char *p = j.x.data + place_of(j, j.x, flat);
     if (j.what == IS_LABEL)
         return read_label(p, (int)j.x.kind, j.n_classes, j.ignore_index).status == INVALID;
     double x = read_double(p, (int)j.x.kind);
     if (j.what == IS_BEYOND) /* a finite number that is not 0 */
-        return x > 0 && x < XCE_INF && !(x > j.low && x < j.high);
+        return fabs(x) > 0 && fabs(x) < XCE_INF && !(fabs(x) > j.low && fabs(x) < j.high);
     return !(x >= j.low && x <= j.high);
+}
+
+XCE_FN bool is_bad(const array_job &j, int64_t flat)
+{
+    return is_outside(j, flat) && weighs(j, j.weight, flat) && weighs(j, j.sample, flat);
 }
 
 #if defined(XCE_ARRAYS)
@@ -90,19 +100,26 @@ XCE_KERNEL(1) sum_numbers(XCE_JOB(array_job) j)
         ((double *)j.out.data)[blockIdx.x] = sum;
 }
 
-/* Means over the classes: a warp for each row or, where neighbouring rows lie side by side, a thread. */
+/* Means over the classes: a warp for each row or, where neighbouring rows lie side by side, a thread. Numbers are double here. */
 XCE_KERNEL(1) mean_of_rows(XCE_JOB(array_job) j)
 {
     int64_t thread = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, threads = (int64_t)gridDim.x * blockDim.x;
     for (int64_t row = thread / j.lanes; row < j.n; row += threads / j.lanes) {
         const char *p = j.x.data + place_of(j, j.x, row);
-        double sum = 0;
-        for (int64_t c = thread % j.lanes; c < j.n_classes; c += j.lanes)
-            sum += read_double(p + c * j.classes, (int)j.x.kind);
-        for (int step = (int)j.lanes / 2; step; step /= 2)
-            sum += __shfl_xor_sync(0xffffffffu, sum, step);
+        real_sum sum = {0, 0};
+        if (j.x.kind == 0) /* double, of which a sum loses digits */
+            for (int64_t c = thread % j.lanes; c < j.n_classes; c += j.lanes)
+                sum = r_sum_add(sum, *(const double *)(p + c * j.classes));
+        else
+            for (int64_t c = thread % j.lanes; c < j.n_classes; c += j.lanes)
+                sum.high += read_double(p + c * j.classes, (int)j.x.kind);
+        for (int step = (int)j.lanes / 2; step; step /= 2) {
+            double low = __shfl_xor_sync(0xffffffffu, sum.low, step);
+            sum = r_sum_add(sum, __shfl_xor_sync(0xffffffffu, sum.high, step));
+            sum.low += low;
+        }
         if (thread % j.lanes == 0)
-            write_double(j.out.data + place_of(j, j.out, row), (int)j.out.kind, sum / (double)j.n_classes);
+            write_double(j.out.data + place_of(j, j.out, row), (int)j.out.kind, r_sum_total(sum) / (double)j.n_classes);
     }
 }
 #endif

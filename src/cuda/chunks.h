@@ -174,7 +174,7 @@ XCE_FN void coefficients(const row_job &j, const row_view &v, const row_chunks &
         if (c < 0 || c >= j.n_classes)
             d[i] = 0;
         else
-            d[i] = coefficient_of(j, v, c, !v.q ? 0 : is_near ? d[i] : probability(j, v, c));
+            d[i] = coefficient_of(j, v, c, !v.q ? 0 : is_near ? d[i] : probability(j, v, c), v.share);
     }
 }
 
@@ -198,7 +198,7 @@ XCE_FN void write_row(const row_job &j, const row_view &v, const row_chunks &s, 
         unpack(raw, x);
 #pragma unroll
         for (int i = 0; i < VEC; i++)
-            derivatives(j, r, x[i], &g[i], &h[i]);
+            derivatives(j, r, (x[i] - r.state.max) - r.state.log_z, r_exp_relative(x[i], r.state.ref), &g[i], &h[i]);
         if (WHAT(j) == LOSS && is_linear<LEVEL>(j)) {
             scalar d[VEC];
             coefficients(j, v, s, k, d);
@@ -239,7 +239,7 @@ XCE_FN void fill_row(const row_job &j, const row_view &v, const row_chunks &s, f
 }
 
 template <int GROUP, int CLUSTER, int LEVEL>
-XCE_FN void chunked_row(const row_job &j, int64_t row, chunk *kept, message_board *board, row_outputs *shared)
+XCE_FN void chunked_row(const row_job &j, int64_t row, chunk *kept, message_board *board, row_finished *shared)
 {
     const unsigned rank = (CLUSTER > 1 ? cluster_rank() * GROUP : 0) + threadIdx.x;
     const row_view v = view_row<LEVEL>(j, row);
@@ -295,23 +295,23 @@ XCE_FN void chunked_row(const row_job &j, int64_t row, chunk *kept, message_boar
     scalar linear[2] = {0, 0};
     scalar sum;
     if (LEVEL > SPARSE) {
-        sums<3> all = {{total(rest), total(distances), total(weights)}};
+        sums<3> all = {{r_sum_total(rest), r_sum_total(distances), r_sum_total(weights)}};
         all = agree<GROUP, CLUSTER>(all, board);
         sum = all.at[0], linear[0] = all.at[1], linear[1] = all.at[2];
     } else {
-        sums<1> all = {{total(rest)}};
+        sums<1> all = {{r_sum_total(rest)}};
         sum = agree<GROUP, CLUSTER>(all, board).at[0];
     }
     r.state = row_close(top.value, sum);
 
     if (WHAT(j) == LOSS)
-        close_loss<GROUP, LEVEL>(j, v, &r, shared, rank == 0, linear, linear, -1);
+        close_loss<GROUP>(j, v, &r, shared, rank == 0, [&] { finish_row<LEVEL>(j, v, &r, linear, linear); });
     else {
-        statistics found = {total(spread), above};
+        statistics found = {r_sum_total(spread), above};
         if (WHAT(j) == STATS)
             found = agree<GROUP, CLUSTER>(found, board);
         found.above += top.value > v.label_logit;
-        put_statistics<GROUP, CLUSTER, LEVEL>(j, v, r, linear[0], found, rank, board);
+        put_statistics<GROUP, CLUSTER, LEVEL>(j, v, r, top.value, linear[0], found, rank, board);
         r.out_exp = r.state.inverse, r.out_hess1 = r.out_hess2 = 0;
     }
     if (v.grad || v.hess) {

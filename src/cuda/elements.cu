@@ -66,6 +66,18 @@ template <class T> XCE_FN void read_numbers(const element_job &j, const numbers 
     }
 }
 
+/* Whether numbers are more precise than a scalar, and what they lack as such: in memory, and only that. */
+XCE_FN bool has_low(const numbers &a) { return sizeof(scalar) == sizeof(float) && a.data && a.kind == AS_DOUBLE; }
+
+XCE_FAR void read_low(const element_job &j, const numbers &a, int64_t flat, scalar *low)
+{
+    for (int i = 0; i < VEC; i++) {
+        double x = flat + i < j.n ? read_number<double>(a.data + place_of(j, a, flat + i), (int)a.kind) : 0;
+        scalar rest = (scalar)(x - (double)(scalar)x);
+        low[i] = rest - rest == 0 ? rest : 0; /* infinities lack nothing */
+    }
+}
+
 XCE_FN void write_numbers(const element_job &j, const numbers &a, int64_t flat, const scalar *in)
 {
     if (in_chunk(j, a, flat))
@@ -92,28 +104,36 @@ XCE_FN jet weigh_element(jet f, double factor, double scale)
 
 XCE_KERNEL(1) elements(XCE_JOB(element_job) j)
 {
-    const bool has_weights = j.weight.data || j.sample.data;
-    const double scale = !j.denominator ? j.factor : *j.denominator != 0 ? j.factor / *j.denominator : 0;
-    const parameters with = {{(scalar)j.with[0], (scalar)j.with[1], (scalar)j.with[2]}};
+    const bool has_weights = j.weight.data || j.sample.data, y_has_low = has_low(j.y), w_has_low = has_low(j.pos_weight);
+    const double scale = !j.denominator ? j.factor : *j.denominator != 0 ? j.factor / *j.denominator : XCE_NAN;
+    const parameters with = parameters_of(j.with);
     int64_t step = (int64_t)gridDim.x * blockDim.x * VEC;
     double sum = 0;
     for (int64_t flat = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC; flat < j.n; flat += step) {
-        scalar x[VEC], y[VEC], w[VEC], g[VEC], h[VEC];
+        scalar x[VEC], y[VEC], w[VEC], y_low[VEC], w_low[VEC], g[VEC], h[VEC];
         double weight[VEC], sample[VEC];
         read_numbers<scalar>(j, j.x, flat, 0, x);
         read_numbers<scalar>(j, j.y, flat, 0, y);
         read_numbers<scalar>(j, j.pos_weight, flat, 1, w);
+        if (y_has_low)
+            read_low(j, j.y, flat, y_low);
+        if (w_has_low)
+            read_low(j, j.pos_weight, flat, w_low);
         if (has_weights) {
             read_numbers<double>(j, j.weight, flat, 1, weight);
             read_numbers<double>(j, j.sample, flat, 1, sample);
+#pragma unroll
+            for (int i = 0; i < VEC; i++)
+                weight[i] *= sample[i];
         }
 #pragma unroll
         for (int i = 0; i < VEC; i++) {
-            jet f = XCE_ELEMENT(x[i], y[i], w[i], with);
+            two_part target = {y[i], y_has_low ? y_low[i] : 0}, factor = {w[i], w_has_low ? w_low[i] : 0};
+            jet f = XCE_ELEMENT(x[i], target, factor, with);
             if (has_weights) {
-                if (flat + i < j.n && weight[i] * sample[i] != 0)
-                    sum += f.value * (weight[i] * sample[i]);
-                f = weigh_element(f, weight[i] * sample[i], scale);
+                if (flat + i < j.n && weight[i] != 0)
+                    sum += f.value * weight[i];
+                f = weigh_element(f, weight[i], scale);
             } else
                 f.d1 = f.d1 * (scalar)scale, f.d2 = f.d2 * (scalar)scale;
             x[i] = flat + i < j.n ? f.value : 0, g[i] = f.d1, h[i] = f.d2;

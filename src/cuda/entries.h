@@ -3,24 +3,30 @@
 #ifndef XCE_ENTRIES_H
 #define XCE_ENTRIES_H
 
-/* What the options of a loss make of the derivatives of one entry, by the raw logit. */
+/* What the options of a loss make of the derivatives of one entry, by the raw logit; z is what row_entry takes. */
 template <int LEVEL>
-XCE_FN void loss_derivatives(const row_job &j, const row_view &v, const row_outputs &r, int64_t c, scalar x, scalar *g,
+XCE_FN void loss_derivatives(const row_job &j, const row_view &v, const row_outputs &r, int64_t c, real_pair z, scalar *g,
                              scalar *h)
 {
     if (is_linear<LEVEL>(j))
         *g = r_fma(coefficient(j, v, c), -r.factor, *g);
-    else if (LEVEL == FULL && j.dense) {
-        log_prob at;
-        jet f = phi_at(j, v, r, c, x, &at);
-        scalar d = j.teacher ? 1 : coefficient(j, v, c);
-        *g += r.factor * weighted(d, f.d1);
+    else if (LEVEL == FULL && j.teacher && !v.indices) {
+        const prob_pair at = pair_at(j, v, r, c, c);
+        jet f = match_derivatives(PHI(j), divergence_term(PHI(j), at, r.match), at.p, r.factor, r.b, r.d);
+        *g = f.d1, *h = f.d2;
+    } else if (LEVEL == FULL && j.dense) {
+        const log_prob at = row_entry(r.state, z);
+        scalar d = coefficient(j, v, c), slope;
+        jet f = relative_phi(r.slope, at, z, r_exp_pair_near(z).exp, d, PHI(j), (scalar)j.parameter, &slope);
+        *g += r.factor * slope;
         *h += r.factor * (weighted(d, f.d2) * (at.not_p - at.p));
     }
-    if (LEVEL == FULL && (j.softcap != 0 || j.temperature != 1)) {
-        logit_transform t = {(scalar)j.softcap, (scalar)j.temperature};
-        transform_derivatives(t, raw_entry(j, v, c), g, h);
+    if (LEVEL == FULL && r.far != 0) {
+        scalar p = exp_of<LEVEL>(j, z, r.state.ref) * r.state.inverse;
+        add_far(r.far, r.factor, p, 1 - p, g, h);
     }
+    if (LEVEL == FULL && is_transformed(j))
+        transform_derivatives(transform_of(j.softcap, j.temperature), raw_entry(j, v, c), g, h);
     if (is_removed(j, v, c)) /* whatever the row holds */
         *g = *h = 0;
 }
@@ -35,43 +41,78 @@ template <int STEP, int LEVEL, class F> XCE_FN void sum_entries(int64_t first, i
         add_to(sum, term(c));
 }
 
-/* The teacher's maximum and sum, and where it has the student's top class. */
+/* The student's mass, in units of its top class, at the others that a sparse teacher does not have. A thread marks 64 of its
+ * classes at a time by bits, reading all those of the teacher. */
+template <int STEP>
+XCE_FN scalar sum_outside(const row_job &j, const row_view &v, const row_outputs &r, exp_reference ref, int64_t rank)
+{
+    real_sum outside = {0, 0};
+    for (int64_t first = rank; first < j.n_classes; first += (int64_t)64 * STEP) {
+        uint64_t known = 0;
+        for (int64_t place = 0; place < j.n_places; place++) {
+            int64_t away = class_at(j, v, place) - first;
+            if (away >= 0 && away < (int64_t)64 * STEP && away % STEP == 0)
+                known |= (uint64_t)1 << away / STEP;
+        }
+        int64_t c = first;
+        for (int i = 0; i < 64 && c < j.n_classes; i++, c += STEP)
+            if (c != r.top && !(known >> i & 1))
+                add_to(&outside, r_exp_relative_pair(distance(j, r.origin, entry<FULL>(j, v, c)), ref));
+    }
+    return r_sum_total(outside);
+}
+
+/* Match the row with its teacher's. What is left: the student's mass outside the teacher's classes, but for the top one, and the
+ * place where the teacher has that, or -1. */
 template <int GROUP, int CLUSTER>
-XCE_FN row_state meet_teacher(const row_job &j, const row_view &v, int64_t rank, int64_t top, int64_t *top_place,
-                              message_board *board)
+XCE_FN scalar meet_teacher(const row_job &j, const row_view &v, row_outputs *r, int64_t rank, int64_t *top_place,
+                           message_board *board)
 {
     const int64_t n = v.indices ? j.n_places : j.n_classes;
+    const exp_reference ref = r_exp_reference(r_set(0));
     greatest best = {-XCE_INF, NOWHERE}, place = {0, NOWHERE};
     for (int64_t c = rank; c < n; c += GROUP * CLUSTER) {
         scalar t = teacher_logit(j, v, c);
         if (t > best.value)
             best.value = t, best.place = c;
-        if (v.indices && class_at(j, v, c) == top)
+        if (v.indices && class_at(j, v, c) == r->top)
             place.place = c;
     }
     best = agree<GROUP, CLUSTER>(best, board);
-    *top_place = top;
+    *top_place = r->top;
     if (v.indices) {
         place = agree<GROUP, CLUSTER>(place, board);
         *top_place = place.place < n ? place.place : -1;
     }
-    const exp_reference ref = r_exp_reference(best.value);
     const int64_t greatest_place = best.value > -XCE_INF ? best.place : 0;
-    real_sum rest = {0, 0};
+    r->teacher_origin = transform_origin(transform_of(j.softcap, j.temperature), best.value);
+    real_sum rest = {0, 0}, excess = {0, 0};
     bool is_bad = false; /* a class out of range that nobody checked */
-    for (int64_t c = rank; c < n; c += GROUP * CLUSTER) {
-        if (c != greatest_place)
-            add_to(&rest, r_exp_relative(teacher_logit(j, v, c), ref));
-        is_bad |= v.indices && class_at(j, v, c) < 0;
+    for (int64_t place = rank; place < n; place += GROUP * CLUSTER) {
+        const int64_t c = v.indices ? class_at(j, v, place) : place;
+        if (c < 0) {
+            is_bad = true;
+            continue;
+        }
+        const real_pair x = distance(j, r->origin, entry<FULL>(j, v, c));
+        const real_pair y = distance(j, r->teacher_origin, teacher_logit(j, v, place));
+        const scalar e = r_exp_relative_pair(y, ref);
+        if (place != greatest_place)
+            add_to(&rest, e);
+        add_to(&excess, exp_difference(r_exp_relative_pair(x, ref), e, total_of(distance_gap(x, y))));
     }
-    sums<1> all = {{is_bad ? XCE_NAN : total(rest)}};
-    return row_close(best.value, agree<GROUP, CLUSTER>(all, board).at[0]);
+    scalar outside = v.indices ? sum_outside<GROUP * CLUSTER>(j, v, *r, ref, rank) : 0;
+    sums<3> all = {{is_bad ? XCE_NAN : r_sum_total(rest), r_sum_total(excess), outside}};
+    all = agree<GROUP, CLUSTER>(all, board);
+    const row_state teacher = row_close_transformed(transform_of(j.softcap, j.temperature), best.value, all.at[0]);
+    r->match = match_rows(r->state, teacher, all.at[1] + all.at[2] + (*top_place < 0 ? 1 : 0),
+                          teacher_at_top(j, v, r->teacher_origin, *top_place));
+    return all.at[2] * r->state.inverse;
 }
 
-/* The sums of phi and its derivatives over all classes but the top one, where they are not linear. */
-template <int GROUP, int CLUSTER, int LEVEL>
-XCE_FN void sum_phi(const row_job &j, const row_view &v, const row_outputs &r, int64_t rank, scalar *phi,
-                    message_board *board)
+/* The sums of a divergence over all classes of the teacher but the top one. */
+template <int GROUP, int CLUSTER>
+XCE_FN match_sums sum_pair(const row_job &j, const row_view &v, const row_outputs &r, int64_t rank, message_board *board)
 {
     real_sum f[3] = {{0, 0}, {0, 0}, {0, 0}};
     const int64_t n = v.indices ? j.n_places : j.n_classes;
@@ -79,48 +120,70 @@ XCE_FN void sum_phi(const row_job &j, const row_view &v, const row_outputs &r, i
         int64_t c = v.indices ? class_at(j, v, place) : place;
         if (c < 0 || c == r.top)
             continue;
-        log_prob at;
-        jet g = phi_at(j, v, r, place, entry<LEVEL>(j, v, c), &at);
-        scalar d = j.teacher ? 1 : coefficient(j, v, c), outside = v.indices ? at.p * share_outside(PHI(j)) : 0;
-        add_to(&f[0], weighted(d, g.value) - outside), add_to(&f[1], weighted(d, g.d1) - outside);
-        add_to(&f[2], weighted(d, g.d2) - outside);
+        const prob_pair at = pair_at(j, v, r, place, c);
+        const jet g = divergence_term(PHI(j), at, r.match);
+        add_to(&f[0], g.value), add_to(&f[1], weighted(at.p, g.d1)), add_to(&f[2], weighted(at.p, g.d2));
     }
-    sums<3> all = {{total(f[0]), total(f[1]), total(f[2])}};
+    sums<3> all = {{r_sum_total(f[0]), r_sum_total(f[1]), r_sum_total(f[2])}};
     all = agree<GROUP, CLUSTER>(all, board);
-    for (int i = 0; i < 3; i++)
+    match_sums found = {all.at[0], all.at[1], all.at[2], 0};
+    return found;
+}
+
+/* The sums of phi, its derivatives and the slopes over all classes but the top one, where they are not linear. */
+template <int GROUP, int CLUSTER>
+XCE_FN void sum_phi(const row_job &j, const row_view &v, const row_outputs &r, int64_t rank, scalar *phi,
+                    message_board *board)
+{
+    real_sum f[4] = {{0, 0}, {0, 0}, {0, 0}, {0, 0}};
+    for (int64_t c = rank; c < j.n_classes; c += GROUP * CLUSTER) {
+        if (c == r.top)
+            continue;
+        const real_pair z = distance_or_logit<FULL>(j, r.origin, entry<FULL>(j, v, c));
+        const log_prob at = row_entry(r.state, z);
+        scalar d = coefficient(j, v, c), slope;
+        jet g = relative_phi(r.slope, at, z, r_exp_pair_near(z).exp, d, PHI(j), (scalar)j.parameter, &slope);
+        add_to(&f[0], weighted(d, g.value)), add_to(&f[1], weighted(d, g.d1)), add_to(&f[2], weighted(d, g.d2));
+        add_to(&f[3], slope);
+    }
+    sums<4> all = {{r_sum_total(f[0]), r_sum_total(f[1]), r_sum_total(f[2]), r_sum_total(f[3])}};
+    all = agree<GROUP, CLUSTER>(all, board);
+    for (int i = 0; i < 4; i++)
         phi[i] = all.at[i];
 }
 
 /* The classes of a sparse teacher have other derivatives than all others have; x is not the gradient's memory. */
-template <int GROUP, int CLUSTER, int LEVEL>
+template <int GROUP, int CLUSTER>
 XCE_FN void write_sparse(const row_job &j, const row_view &v, const row_outputs &r, int64_t rank)
 {
     group_barrier<GROUP, CLUSTER>();
     for (int64_t place = rank; place < j.n_places; place += GROUP * CLUSTER) {
         int64_t c = class_at(j, v, place);
-        if (c < 0 || c == r.top)
+        if (c < 0 || c == r.top || is_removed(j, v, c))
             continue;
-        log_prob at;
-        jet f = phi_at(j, v, r, place, entry<LEVEL>(j, v, c), &at);
-        scalar g = r.factor * (f.d1 - at.p * r.b);
-        scalar h = r.factor * (f.d2 * (at.not_p - at.p) + at.p * r_fma(at.p, r.b + r.d, -r.b));
-        if (j.temperature != 1) {
-            logit_transform t = {0, (scalar)j.temperature};
-            transform_derivatives(t, 0, &g, &h);
-        }
+        const prob_pair at = pair_at(j, v, r, place, c);
+        jet f = match_derivatives(PHI(j), divergence_term(PHI(j), at, r.match), at.p, r.factor, r.b, r.d);
+        if (is_transformed(j))
+            transform_derivatives(transform_of(j.softcap, j.temperature), 0, &f.d1, &f.d2);
         if (v.grad)
-            put<output>(v.grad + c * j.grad.classes, g);
+            put<output>(v.grad + c * j.grad.classes, f.d1);
         if (v.hess)
-            put<storage>(v.hess + c * j.hess.classes, h);
+            put<storage>(v.hess + c * j.hess.classes, f.d2);
     }
 }
 
 template <int GROUP, int CLUSTER, int LEVEL>
-XCE_FN void plain_row(const row_job &j, int64_t row, message_board *board, row_outputs *shared)
+XCE_FN void plain_row(const row_job &j, int64_t row, message_board *board, row_finished *shared)
 {
     const int64_t rank = (CLUSTER > 1 ? cluster_rank() * GROUP : 0) + (GROUP > 1 ? threadIdx.x : 0);
     const int64_t n = j.n_classes;
     row_view v = view_row<LEVEL>(j, row);
+    if (LEVEL == FULL && WHAT(j) == LOSS && v.where && v.label.status != IGNORED) {
+        sums<1> left = {{0}};
+        for (int64_t c = rank; c < n; c += GROUP * CLUSTER)
+            left.at[0] += v.where[c * j.where.classes] != 0;
+        leave_classes(j, &v, agree<GROUP, CLUSTER>(left, board).at[0]);
+    }
     if (is_filled(j, v)) {
         const filled_row f = fill(j, v, rank == 0);
         if (WHAT(j) == NLL && v.grad)
@@ -133,13 +196,6 @@ XCE_FN void plain_row(const row_job &j, int64_t row, message_board *board, row_o
         }
         return;
     }
-    if (LEVEL == FULL && v.where && j.label_smoothing != 0) {
-        sums<1> left = {{0}};
-        for (int64_t c = rank; c < n; c += GROUP * CLUSTER)
-            left.at[0] += v.where[c * j.where.classes] != 0;
-        left = agree<GROUP, CLUSTER>(left, board);
-        v.share = left.at[0] != 0 ? (scalar)j.label_smoothing / left.at[0] : 0;
-    }
 
     greatest top = {-XCE_INF, NOWHERE};
 #pragma unroll(LEVEL < FULL ? 4 : 1)
@@ -151,39 +207,52 @@ XCE_FN void plain_row(const row_job &j, int64_t row, message_board *board, row_o
     top = agree<GROUP, CLUSTER>(top, board);
     row_outputs r;
     r.top = top.value > -XCE_INF ? top.place : 0;
-    const exp_reference ref = r_exp_reference(top.value);
+    const bool by_distance = is_by_distance<LEVEL>(j);
+    const logit_transform with = transform_of(j.softcap, j.temperature);
+    if (by_distance)
+        r.origin = transform_origin(with, top.value);
+    const scalar max = by_distance ? 0 : top.value;
+    const exp_reference ref = r_exp_reference(max);
 
     real_sum rest = {0, 0}, distances = {0, 0}, weights = {0, 0}, spread = {0, 0};
     int64_t above = 0;
     sum_entries<GROUP * CLUSTER, LEVEL>(rank, n, &rest, [&](int64_t c) -> scalar {
-        scalar x = entry<LEVEL>(j, v, c), e = c == r.top ? 0 : r_exp_relative(x, ref);
+        scalar x = entry<LEVEL>(j, v, c);
+        real_pair z = distance_or_logit<LEVEL>(j, r.origin, x);
+        scalar e = c == r.top ? 0 : exp_of<LEVEL>(j, z, ref);
         if (is_linear<LEVEL>(j) && c != r.top) {
             scalar d = coefficient(j, v, c);
-            add_to(&distances, weighted(d, top.value - x)), add_to(&weights, d);
+            add_to(&distances, weighted(d, max - z.high)), add_to(&weights, d);
         }
         if (WHAT(j) == STATS) {
             above += x > v.label_logit;
-            add_to(&spread, weighted(e, top.value - x));
+            add_to(&spread, weighted(e, max - z.high));
         }
         return e;
     });
-    sums<3> all = {{total(rest), total(distances), total(weights)}};
+    sums<3> all = {{r_sum_total(rest), r_sum_total(distances), r_sum_total(weights)}};
     all = agree<GROUP, CLUSTER>(all, board);
-    scalar linear[2] = {all.at[1], all.at[2]}, phi[3] = {0, 0, 0};
-    r.state = row_close(top.value, all.at[0]);
+    scalar linear[2] = {all.at[1], all.at[2]}, phi[4] = {0, 0, 0, 0};
+    r.state = by_distance ? row_close_transformed(with, top.value, all.at[0]) : row_close(max, all.at[0]);
 
-    if (WHAT(j) == LOSS) {
-        int64_t top_place = -1;
-        if (LEVEL == FULL && j.teacher)
-            r.teacher = meet_teacher<GROUP, CLUSTER>(j, v, rank, r.top, &top_place, board);
-        if (LEVEL == FULL && (j.teacher || j.dense) && !is_linear<LEVEL>(j))
-            sum_phi<GROUP, CLUSTER, LEVEL>(j, v, r, rank, phi, board);
-        close_loss<GROUP, LEVEL>(j, v, &r, shared, rank == 0, linear, phi, top_place);
+    if (LEVEL == FULL && WHAT(j) == LOSS && j.teacher) {
+        int64_t top_place;
+        const scalar outside = meet_teacher<GROUP, CLUSTER>(j, v, &r, rank, &top_place, board);
+        match_sums found = sum_pair<GROUP, CLUSTER>(j, v, r, rank, board);
+        found.outside = outside;
+        close_loss<GROUP>(j, v, &r, shared, rank == 0, [&] { finish_pair(j, v, &r, found, top_place); });
+    } else if (WHAT(j) == LOSS) {
+        if (is_relative<LEVEL>(j)) {
+            const scalar own = v.label.value < 0 || v.label.value == r.top ? weigh_row(j, v).index : 0;
+            r.slope = slope_of_top(r.state, coefficient(j, v, r.top) + own, PHI(j), (scalar)j.parameter);
+            sum_phi<GROUP, CLUSTER>(j, v, r, rank, phi, board);
+        }
+        close_loss<GROUP>(j, v, &r, shared, rank == 0, [&] { finish_row<LEVEL>(j, v, &r, linear, phi); });
     } else {
-        statistics found = {total(spread), above};
+        statistics found = {r_sum_total(spread), above};
         if (WHAT(j) == STATS)
             found = agree<GROUP, CLUSTER>(found, board);
-        put_statistics<GROUP, CLUSTER, LEVEL>(j, v, r, linear[0], found, rank, board);
+        put_statistics<GROUP, CLUSTER, LEVEL>(j, v, r, top.value, linear[0], found, rank, board);
         r.out_exp = r.state.inverse, r.out_hess1 = r.out_hess2 = 0;
     }
     if (!v.grad && !v.hess)
@@ -197,10 +266,14 @@ XCE_FN void plain_row(const row_job &j, int64_t row, message_board *board, row_o
     };
 #pragma unroll(LEVEL < FULL ? 4 : 1)
     for (int64_t c = rank; c < n; c += GROUP * CLUSTER) {
-        scalar g, h, x = entry<LEVEL>(j, v, c);
-        derivatives(j, r, x, &g, &h);
+        scalar g, h;
+        const real_pair z = distance_or_logit<LEVEL>(j, r.origin, entry<LEVEL>(j, v, c));
+        scalar u = (z.high - r.state.max) - r.state.log_z;
+        derivatives(j, r, LEVEL == FULL ? u + z.low : u, exp_of<LEVEL>(j, z, r.state.ref), &g, &h);
         if (WHAT(j) == LOSS)
-            loss_derivatives<LEVEL>(j, v, r, c, x, &g, &h);
+            loss_derivatives<LEVEL>(j, v, r, c, z, &g, &h);
+        else if (LEVEL == FULL && is_removed(j, v, c)) /* also in a row of which nothing is left */
+            g = WHAT(j) == LOG_SOFTMAX ? -XCE_INF : 0;
         write(c, g, h);
     }
     if (WHAT(j) == LOSS) { /* where these do not hold, by the threads that have just written there */
@@ -211,7 +284,7 @@ XCE_FN void plain_row(const row_job &j, int64_t row, message_board *board, row_o
             write(r.top, r.grad_top, r.hess_top);
     }
     if (LEVEL == FULL && v.indices)
-        write_sparse<GROUP, CLUSTER, LEVEL>(j, v, r, rank);
+        write_sparse<GROUP, CLUSTER>(j, v, r, rank);
 }
 
 #endif

@@ -24,9 +24,10 @@ typedef struct {
 } row_job;
 
 typedef struct {
-    operand label, sample, value;
+    operand label, sample, left, value;
     const scalar *weight;
     double *partials, *result;   /* the sums of blocks, and the sum of them */
+    double *sizes;               /* or NULL: the sums of the terms' sizes, which tell weights that cancel */
     scalar *loss;                /* or NULL: result over *denominator, NaN if that is 0, or the result itself */
     const double *denominator;
     int64_t n_partials, n_rows, n_classes, axes, shape[XCE_AXES];
@@ -47,11 +48,11 @@ typedef struct {
     double *partials;            /* a sum of values for each block */
     double factor;               /* of the derivatives, besides */
     int64_t n, axes, shape[XCE_AXES];
-    double with[3];
+    double with[5];
 } element_job;
 
 typedef struct {
-    numbers x, out;
+    numbers x, out, weight, sample; /* an element is not bad where one of the weights is 0 */
     int64_t n, axes, shape[XCE_AXES];
     int64_t classes, lanes;      /* of means: bytes from a class of x to the next, and how many threads share a row */
     int64_t what, n_classes, ignore_index;

@@ -1,5 +1,5 @@
-/* Rows copied from where they lie to where BLAS reads them, and back: any strides, another type, zeros for ignored rows, of
- * which nothing is read. One kernel a module: XCE_COPY is SAME for numbers of XCE_BYTES that stay as they are, WIDEN for 16-bit
+/* Rows copied from where they lie to where BLAS reads them, and back: any strides, another type, zeros for rows that do not
+ * count, of which nothing is read. One kernel a module: XCE_COPY is SAME for numbers of XCE_BYTES that stay as they are, WIDEN for 16-bit
  * ones that become float32, NARROW for those that come from it. */
 
 /* Some rows of an array, as xce/_backends/_cuda_linear.py lists them: all its rows have one number, in C order. */
@@ -11,8 +11,8 @@ typedef struct {
 } row_range;
 
 typedef struct {
-    row_range from, to, label;
-    int64_t n_rows, n_columns, label_kind, ignore_index;
+    row_range from, to, label, sample, left;
+    int64_t n_rows, n_columns, label_kind, sample_size, ignore_index;
     uint64_t fill;                     /* where there is no `from`: the bits of a number */
 } copy_job;
 
@@ -21,8 +21,14 @@ XCE_FN char *range_row(const row_range &r, int64_t row)
     return r.data + walk(r.shape, (int)r.axes, r.strides, r.first + row);
 }
 
-XCE_FN bool is_ignored(const copy_job &j, int64_t row)
+XCE_FN bool is_zero(const char *p, int64_t size) { return size == 8 ? *(const double *)p == 0 : *(const float *)p == 0; }
+
+XCE_FN bool is_removed(const copy_job &j, int64_t row)
 {
+    if (j.sample.data && is_zero(range_row(j.sample, row), j.sample_size))
+        return true;
+    if (j.left.data && *(const float *)range_row(j.left, row) == 0)
+        return true;
     return j.label.data && read_label(range_row(j.label, row), (int)j.label_kind, 1, j.ignore_index).status == IGNORED;
 }
 
@@ -100,7 +106,7 @@ XCE_KERNEL(1) copy_rows(XCE_JOB(copy_job) j)
         if (row >= j.n_rows)
             continue;
         char *to = range_row(j.to, row);
-        const char *from = j.from.data && !is_ignored(j, row) ? range_row(j.from, row) : (const char *)0;
+        const char *from = j.from.data && !is_removed(j, row) ? range_row(j.from, row) : (const char *)0;
         int64_t column = tile % across * width * TURNS + (int64_t)threadIdx.x * SIDE;
         for (int turn = 0; turn < TURNS && column < j.n_columns; turn++, column += width)
             copy_side(j, from, to, column);

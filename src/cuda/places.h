@@ -35,6 +35,24 @@ XCE_FN int64_t read_integer(const char *p, int kind)
     }
 }
 
+/* A label among floats: a whole number, whose size float holds, or none. Read as bits: subnormal numbers count as 0 elsewhere. */
+XCE_FN bool read_whole(const char *p, int kind, int64_t *value)
+{
+    double x;
+    if (kind == 24) {
+        x = *(const double *)p;
+    } else {
+        uint32_t bits = kind == 20 ? *(const uint32_t *)p : (uint32_t) * (const uint16_t *)p << 16;
+        if (kind != 18 && (bits & 0x7f800000) == 0 && (bits & 0x7fffff) != 0)
+            return false;
+        x = kind == 18 ? half_to_float(*(const uint16_t *)p) : __int_as_float((int)bits);
+    }
+    if (!(x >= -0x1p63 && x < 0x1p63))
+        return false;
+    *value = (int64_t)x;
+    return (double)*value == x;
+}
+
 struct label_of_row {
     int status;
     int64_t value; /* -1: none */
@@ -43,7 +61,13 @@ struct label_of_row {
 XCE_FN label_of_row read_label(const char *p, int kind, int64_t n_classes, int64_t ignore_index)
 {
     label_of_row y = {INVALID, -1};
-    int64_t value = read_integer(p, kind);
+    int64_t value = 0;
+    if (kind >= 18) {
+        if (!read_whole(p, kind, &value))
+            return y;
+    } else {
+        value = read_integer(p, kind);
+    }
     if (kind == 8 && value < 0) /* above the largest int64: neither a class nor ignore_index */
         return y;
     if (value == ignore_index)

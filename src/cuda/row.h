@@ -45,7 +45,7 @@ struct row_view {
     const char *x, *q, *where, *indices;
     char *grad, *hess;
     label_of_row label;
-    scalar label_logit;        /* transformed */
+    scalar label_logit;        /* as it was given */
     scalar share;              /* eps / C, of the classes that `where` left */
 };
 
@@ -56,34 +56,63 @@ struct row_weight {
 };
 
 /* What a row leaves for its entries. */
-struct row_outputs {
-    row_state state, teacher;
-    scalar factor, b, d, out_exp, out_hess1, out_hess2;
+struct row_finished { /* what one warp finds for the others */
+    scalar factor, b, d, far, out_exp, out_hess1, out_hess2;
     scalar value, grad_top, hess_top, grad_label, hess_label;
+};
+
+struct row_outputs : row_finished {
+    row_state state;
+    logit_origin origin, teacher_origin; /* where entries are distances */
+    row_match match;                     /* with a teacher */
+    row_slope slope;                     /* where the gradient is made of slopes against the top entry's */
     int64_t top;
 };
 
 XCE_FN bool is_removed(const row_job &j, const row_view &v, int64_t c) { return v.where && !v.where[c * j.where.classes]; }
-
-template <int LEVEL> XCE_FN scalar transformed(const row_job &j, const row_view &v, int64_t c, scalar x)
-{
-    if (LEVEL < FULL)
-        return x;
-    if (j.softcap != 0 || j.temperature != 1) {
-        logit_transform t = {(scalar)j.softcap, (scalar)j.temperature};
-        x = transform_logit(t, x);
-    }
-    return is_removed(j, v, c) ? -XCE_INF : x;
-}
 
 XCE_FN scalar raw_entry(const row_job &j, const row_view &v, int64_t c)
 {
     return s_load(*(const storage *)(v.x + c * j.x.classes));
 }
 
+/* A logit as it was given; -inf of a removed class */
 template <int LEVEL> XCE_FN scalar entry(const row_job &j, const row_view &v, int64_t c)
 {
-    return transformed<LEVEL>(j, v, c, raw_entry(j, v, c));
+    scalar x = raw_entry(j, v, c);
+    return LEVEL == FULL && is_removed(j, v, c) ? -XCE_INF : x;
+}
+
+XCE_FN bool is_transformed(const row_job &j) { return j.softcap != 0 || j.temperature != 1; }
+
+/* Whether coefficients and phi' both vary */
+template <int LEVEL> XCE_FN bool is_relative(const row_job &j)
+{
+    return LEVEL == FULL && WHAT(j) == LOSS && j.dense && PHI(j) != PHI_cross_entropy && !j.teacher;
+}
+
+/* Whether entries are distances from the greatest one, in two parts */
+template <int LEVEL> XCE_FN bool is_by_distance(const row_job &j)
+{
+    return LEVEL == FULL && (j.teacher || is_transformed(j) || is_relative<LEVEL>(j));
+}
+
+XCE_FAR real_pair capped_distance(logit_transform t, logit_origin o, scalar x) { return distance_by_softcap(t, o, x); }
+
+XCE_FN real_pair distance(const row_job &j, const logit_origin &o, scalar x)
+{
+    logit_transform t = transform_of(j.softcap, j.temperature);
+    return j.softcap != 0 ? capped_distance(t, o, x) : distance_by_temperature(t, o, x);
+}
+
+template <int LEVEL> XCE_FN real_pair distance_or_logit(const row_job &j, const logit_origin &o, scalar x)
+{
+    return is_by_distance<LEVEL>(j) ? distance(j, o, x) : r_pair(x, 0);
+}
+
+template <int LEVEL> XCE_FN scalar exp_of(const row_job &j, real_pair z, exp_reference ref)
+{
+    return is_by_distance<LEVEL>(j) ? r_exp_relative_pair(z, ref) : r_exp_relative(z.high, ref);
 }
 
 template <int LEVEL> XCE_FN row_view view_row(const row_job &j, int64_t row)
@@ -95,9 +124,11 @@ template <int LEVEL> XCE_FN row_view view_row(const row_job &j, int64_t row)
     v.q = LEVEL > SPARSE ? row_of(j, j.q, at) : 0;
     v.where = LEVEL == FULL ? row_of(j, j.where, at) : 0;
     v.indices = LEVEL == FULL ? row_of(j, j.indices, at) : 0;
-    const char *label = row_of(j, j.label, at);
+    const char *label = row_of(j, j.label, at), *sample = row_of(j, j.sample, at);
     v.label.status = ACTIVE, v.label.value = -1;
-    if (label)
+    if (sample && *(const scalar *)sample == 0) /* removed, whatever the row holds */
+        v.label.status = IGNORED;
+    else if (label)
         v.label = read_label(label, (int)j.label_kind, j.n_classes, j.ignore_index);
     if (WHAT(j) != LOSS && WHAT(j) != NLL)
         v.label.status = ACTIVE;
@@ -122,9 +153,9 @@ XCE_FN row_weight weigh_row(const row_job &j, const row_view &v)
 }
 
 /* d = w ((1 - eps) q + eps / C) */
-XCE_FN scalar coefficient_of(const row_job &j, const row_view &v, int64_t c, scalar q)
+XCE_FN scalar coefficient_of(const row_job &j, const row_view &v, int64_t c, scalar q, scalar share)
 {
-    scalar d = v.q ? r_fma((scalar)(1 - j.label_smoothing), q, v.share) : v.share;
+    scalar d = v.q ? r_fma((scalar)(1 - j.label_smoothing), q, share) : share;
     return j.weight ? d * j.weight[c] : d;
 }
 
@@ -138,7 +169,7 @@ XCE_FN scalar probability(const row_job &j, const row_view &v, int64_t c)
 
 XCE_FN scalar coefficient(const row_job &j, const row_view &v, int64_t c)
 {
-    return is_removed(j, v, c) ? 0 : coefficient_of(j, v, c, probability(j, v, c));
+    return coefficient_of(j, v, c, probability(j, v, c), is_removed(j, v, c) ? 0 : v.share); /* of the smoothing */
 }
 
 /* All that is linear in the coefficients is summed with the exponentials, by one reading of the row. */
@@ -153,83 +184,108 @@ XCE_FN int64_t class_at(const row_job &j, const row_view &v, int64_t place)
     return read_label(v.indices + place * j.indices.classes, (int)j.index_kind, j.n_classes, -1).value;
 }
 
-XCE_FN scalar teacher_logit(const row_job &j, const row_view &v, int64_t place)
+XCE_FN scalar teacher_logit(const row_job &j, const row_view &v, int64_t place) /* as it was given, too */
 {
     scalar y = s_load(*(const storage *)(v.q + place * j.q.classes));
-    logit_transform t = {(scalar)j.softcap, (scalar)j.temperature};
-    return j.softcap != 0 || j.temperature != 1 ? transform_logit(t, y) : y;
+    return v.where && is_removed(j, v, v.indices ? class_at(j, v, place) : place) ? -XCE_INF : y;
 }
 
-/* phi at an entry, and where it is; with a teacher, at a place of it */
-XCE_FN jet phi_at(const row_job &j, const row_view &v, const row_outputs &r, int64_t place, scalar x, log_prob *at)
+/* Student and teacher at a class, which the teacher has at a place of its own */
+XCE_FN prob_pair pair_at(const row_job &j, const row_view &v, const row_outputs &r, int64_t place, int64_t c)
 {
-    *at = row_entry(r.state, x);
-    if (j.teacher)
-        row_teacher(r.state, r.teacher, x, teacher_logit(j, v, place), at);
-    return loss_phi(PHI(j), *at, (scalar)j.parameter);
+    return match_entry(r.match, distance(j, r.origin, entry<FULL>(j, v, c)),
+                       distance(j, r.teacher_origin, teacher_logit(j, v, place)));
 }
 
-/* `linear`: the sums of d (max - x) and of d; `phi`: those of the phis; `top_place`: where the teacher has the top class */
+XCE_FN real_pair teacher_at_top(const row_job &j, const row_view &v, const logit_origin &teacher, int64_t top_place)
+{
+    return distance(j, teacher, top_place < 0 ? -XCE_INF : teacher_logit(j, v, top_place));
+}
+
+XCE_FN void put_derivatives(const row_job &j, const row_view &v, row_outputs *r, row_result f, scalar factor, jet out)
+{
+    if (is_transformed(j)) {
+        logit_transform with = transform_of(j.softcap, j.temperature);
+        transform_derivatives(with, raw_entry(j, v, r->top), &f.grad_top, &f.hess_top);
+        if (v.label.value >= 0)
+            transform_derivatives(with, raw_entry(j, v, v.label.value), &f.grad_label, &f.hess_label);
+    }
+    r->factor = factor, r->b = f.b, r->d = f.d, r->far = f.far;
+    r->out_exp = out.value * r->state.inverse, r->out_hess1 = out.d1, r->out_hess2 = out.d2;
+    r->grad_top = f.grad_top, r->hess_top = f.hess_top, r->grad_label = f.grad_label, r->hess_label = f.hess_label;
+    r->value = f.value;
+}
+
+/* `found`: the sums over the classes of the teacher, which has the top one at `top_place` */
+XCE_FN void finish_pair(const row_job &j, const row_view &v, row_outputs *r, match_sums found, int64_t top_place)
+{
+    const row_weight w = weigh_row(j, v);
+    row_result f = match_finish(r->state, r->match, found, teacher_at_top(j, v, r->teacher_origin, top_place), w.sample,
+                                w.factor, r->match.teacher_inverse - r->match.teacher_inverse, PHI(j));
+    put_derivatives(j, v, r, f, w.factor, match_outside(PHI(j), r->match, w.factor, f.b, f.d));
+}
+
+XCE_FN scalar without_infinity(scalar a) /* the greatest number for an infinity: times 0 it is 0 */
+{
+    const scalar most = sizeof(scalar) == 8 ? (scalar)0x1.fffffffffffffp1023 : (scalar)0x1.fffffep127;
+    return a > most ? most : a < -most ? -most : a;
+}
+
+/* `linear`: the sums of d (max - x) and of d; `phi`: those of the phis */
 template <int LEVEL>
-XCE_FN void finish_row(const row_job &j, const row_view &v, row_outputs *r, const scalar *linear, const scalar *phi,
-                       int64_t top_place)
+XCE_FN void finish_row(const row_job &j, const row_view &v, row_outputs *r, const scalar *linear, const scalar *phi)
 {
-    const bool is_sparse = LEVEL == FULL && v.indices, is_dense = LEVEL > SPARSE && j.dense;
+    const bool is_dense = LEVEL > SPARSE && j.dense;
     const row_weight w = weigh_row(j, v);
     row_target t;
-    t.factor = w.factor, t.weight = w.sample, t.index = w.index, t.label_logit = v.label_logit;
+    t.factor = w.factor, t.weight = w.sample, t.index = w.index;
+    t.label_entry = distance_or_logit<LEVEL>(j, r->origin, v.label_logit);
     t.label_is_top = v.label.value < 0 || v.label.value == r->top;
-    t.d_top = t.d_label = t.v_top = t.t_top = t.gap_top = 0;
+    t.d_top = t.d_label = 0;
     t.sum = t.sum1 = t.sum2 = 0, t.z_loss = (scalar)j.z_loss;
-    scalar outside = is_sparse ? share_outside(PHI(j)) : 0;
-    if (LEVEL == FULL && j.teacher) {
-        scalar y = is_sparse && top_place < 0 ? -XCE_INF : teacher_logit(j, v, is_sparse ? top_place : r->top);
-        log_prob at;
-        row_teacher(r->state, r->teacher, r->state.max, y, &at);
-        t.d_top = 1, t.v_top = at.v, t.t_top = at.t, t.gap_top = at.d;
-        if (r->teacher.log_z != r->teacher.log_z)
-            t.index = XCE_NAN;
-    } else if (is_dense) {
+    if (is_dense) {
         t.d_top = coefficient(j, v, r->top);
         t.d_label = v.label.value >= 0 ? coefficient(j, v, v.label.value) : 0;
     }
     if (is_linear<LEVEL>(j)) {
         t.sum = linear[0] + weighted(linear[1], r->state.log_z);
         t.sum1 = 0 - linear[1];
-    } else if (LEVEL == FULL && (is_dense || j.teacher)) {
-        scalar rest = is_sparse ? r->state.rest * r->state.inverse * outside : 0;
-        t.sum = phi[0] + rest, t.sum1 = phi[1] + rest, t.sum2 = phi[2] + rest;
-    }
+    } else if (LEVEL == FULL && is_dense)
+        t.sum = phi[0], t.sum1 = phi[1], t.sum2 = phi[2];
     row_result f = row_finish(r->state, t, PHI(j), (scalar)j.parameter);
-    if (LEVEL == FULL && (j.softcap != 0 || j.temperature != 1)) {
-        logit_transform with = {(scalar)j.softcap, (scalar)j.temperature};
-        transform_derivatives(with, raw_entry(j, v, r->top), &f.grad_top, &f.hess_top);
-        if (v.label.value >= 0)
-            transform_derivatives(with, raw_entry(j, v, v.label.value), &f.grad_label, &f.hess_label);
+    if (is_relative<LEVEL>(j))
+        relative_finish(&f, r->state, t, r->slope, phi[3], PHI(j), (scalar)j.parameter);
+    jet out = {(0 - f.slope) * t.factor, (0 - f.b) * t.factor, (f.b + f.d) * t.factor};
+    if (LEVEL == FULL)
+        put_derivatives(j, v, r, f, t.factor, out);
+    else {
+        r->factor = t.factor, r->b = f.b, r->d = f.d;
+        r->out_exp = out.value * r->state.inverse, r->out_hess1 = out.d1, r->out_hess2 = out.d2;
+        if (f.far != 0) { /* logits so large are equal or apart: exp is that of the top entry, or 0 */
+            scalar p = r->state.top * r->state.inverse, g = r->state.top * r->out_exp;
+            scalar h = p * r_fma(p, out.d2, out.d1);
+            add_far(f.far, t.factor, p, 1 - p, &g, &h);
+            r->out_exp = without_infinity(g / r->state.top), r->out_hess1 = without_infinity(h / p), r->out_hess2 = 0;
+        }
+        r->grad_top = f.grad_top, r->hess_top = f.hess_top, r->grad_label = f.grad_label, r->hess_label = f.hess_label;
+        r->value = f.value;
     }
-    r->factor = t.factor, r->b = f.b, r->d = f.d;
-    r->out_exp = (outside - f.b) * t.factor * r->state.inverse;
-    r->out_hess1 = (outside - f.b) * t.factor;
-    r->out_hess2 = (f.b + f.d - outside - outside) * t.factor;
-    r->grad_top = f.grad_top, r->hess_top = f.hess_top, r->grad_label = f.grad_label, r->hess_label = f.hess_label;
-    r->value = f.value;
 }
 
-/* One warp finishes the row for the others; its value is stored. */
-template <int GROUP, int LEVEL>
-XCE_FN void close_loss(const row_job &j, const row_view &v, row_outputs *r, row_outputs *shared, bool is_first,
-                       const scalar *linear, const scalar *phi, int64_t top_place)
+/* One warp finishes the row for the others, by a call of `finish`; its value is stored. */
+template <int GROUP, class F>
+XCE_FN void close_loss(const row_job &j, const row_view &v, row_outputs *r, row_finished *shared, bool is_first, F finish)
 {
     if (GROUP <= 32)
-        finish_row<LEVEL>(j, v, r, linear, phi, top_place);
+        finish();
     else {
         if (threadIdx.x < 32) {
-            finish_row<LEVEL>(j, v, r, linear, phi, top_place);
+            finish();
             if (threadIdx.x == 0)
                 *shared = *r;
         }
         __syncthreads();
-        *r = *shared;
+        *(row_finished *)r = *shared;
     }
     if (is_first && j.value.data)
         *(scalar *)row_of(j, j.value, find_row(j, v.row)) = r->value;
@@ -237,8 +293,8 @@ XCE_FN void close_loss(const row_job &j, const row_view &v, row_outputs *r, row_
 
 /* The row outputs of what is not a loss. */
 template <int GROUP, int CLUSTER, int LEVEL>
-XCE_FN void put_statistics(const row_job &j, const row_view &v, const row_outputs &r, scalar linear, statistics found,
-                           int64_t rank, message_board *board)
+XCE_FN void put_statistics(const row_job &j, const row_view &v, const row_outputs &r, scalar top_logit, scalar linear,
+                           statistics found, int64_t rank, message_board *board)
 {
     if (!j.value.data)
         return;
@@ -253,15 +309,18 @@ XCE_FN void put_statistics(const row_job &j, const row_view &v, const row_output
         }
         first = agree<GROUP, CLUSTER>(first, board);
         nan = first.value != 0 ? first.place : -1;
-        lse = nan < 0 ? r.state.max : lse;
+        lse = nan < 0 ? top_logit : lse;
     }
     if (rank != 0)
         return;
     const row_place at = find_row(j, v.row);
-    *(scalar *)row_of(j, j.value, at) = WHAT(j) == STATE ? r.state.max : lse;
+    *(scalar *)row_of(j, j.value, at) = WHAT(j) == STATE ? r.state.greatest : lse;
     if (WHAT(j) == LOGSUMEXP)
         return;
-    *(scalar *)row_of(j, j.label_logit, at) = v.label.value >= 0 ? v.label_logit : XCE_NAN;
+    scalar label_logit = v.label_logit;
+    if (LEVEL == FULL && is_transformed(j))
+        label_logit = transform_logit(transform_of(j.softcap, j.temperature), label_logit);
+    *(scalar *)row_of(j, j.label_logit, at) = v.label.value >= 0 ? label_logit : XCE_NAN;
     if (WHAT(j) == STATE) {
         *(scalar *)row_of(j, j.spread, at) = r.state.rest / r.state.top;
         *(scalar *)row_of(j, j.linear, at) = linear;
@@ -272,12 +331,21 @@ XCE_FN void put_statistics(const row_job &j, const row_view &v, const row_output
     *(int64_t *)row_of(j, j.rank, at) = v.label.value >= 0 && nan < 0 ? found.above : -1;
 }
 
-/* The derivatives of one entry; of a loss, where only labels count. */
-XCE_FN void derivatives(const row_job &j, const row_outputs &r, scalar x, scalar *g, scalar *h)
+/* The derivatives of one entry, u its log-probability and e its exp; of a loss, where only labels count. */
+XCE_FN void derivatives(const row_job &j, const row_outputs &r, scalar u, scalar e, scalar *g, scalar *h)
 {
-    scalar e = r_exp_relative(x, r.state.ref), p = e * r.state.inverse;
-    *g = WHAT(j) == LOG_SOFTMAX ? (x - r.state.max) - r.state.log_z : e * r.out_exp;
+    scalar p = e * r.state.inverse;
+    *g = WHAT(j) == LOG_SOFTMAX ? u : e * r.out_exp;
     *h = p * r_fma(p, r.out_hess2, r.out_hess1);
+}
+
+/* Enter that `where` leaves this many classes to a row. */
+XCE_FN void leave_classes(const row_job &j, row_view *v, scalar n)
+{
+    if (n == 0)
+        v->label.status = IGNORED, v->label.value = -1;
+    else if (j.label_smoothing != 0)
+        v->share = (scalar)j.label_smoothing / n;
 }
 
 /* A row of which nothing is summed: its value, the derivative at the label, and what all other entries get. */
@@ -294,7 +362,9 @@ XCE_FN filled_row fill(const row_job &j, const row_view &v, bool is_first)
 {
     const row_weight w = weigh_row(j, v);
     scalar a = v.label.value >= 0 ? w.index * w.sample : 0, bad = v.label.status == INVALID ? XCE_NAN : 0;
-    filled_row f = {v.label.value >= 0 ? -(w.index * w.factor) : bad, bad};
+    /* weights that cancel make the factor NaN */
+    scalar elsewhere = v.label.status != IGNORED && w.factor != w.factor ? XCE_NAN : bad;
+    filled_row f = {v.label.value >= 0 ? -(w.index * w.factor) : elsewhere, elsewhere};
     if (is_first && j.value.data)
         *(scalar *)row_of(j, j.value, find_row(j, v.row)) = v.label.status == IGNORED ? 0
                                               : v.label.value < 0     ? bad

@@ -8,7 +8,7 @@ template <int GROUP, int CLUSTER, int LEVEL> XCE_FN void all_rows(const row_job 
 {
     XCE_SHARED_ARRAY(chunk, cache);
     XCE_SHARED(message_board, board);
-    XCE_SHARED(row_outputs, outputs);
+    XCE_SHARED(row_finished, outputs);
     chunk *kept = cache + (int64_t)threadIdx.y * j.cached * GROUP + (GROUP > 1 ? threadIdx.x : 0);
     int64_t step = (int64_t)(gridDim.x / CLUSTER) * blockDim.y;
     for (int64_t row = (int64_t)(blockIdx.x / CLUSTER) * blockDim.y + threadIdx.y; row < j.n_rows; row += step) {

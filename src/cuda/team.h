@@ -4,7 +4,7 @@
 #define XCE_TEAM_H
 
 struct message_board {
-    double warp[32][3], block[3]; /* a message each */
+    double warp[32][4], block[4]; /* a message each */
 };
 
 struct greatest { /* the greatest value, and the first of the places that have it */
@@ -98,6 +98,5 @@ template <int GROUP, int CLUSTER, class M> XCE_FN M agree(M m, message_board *bo
 }
 
 XCE_FN void add_to(real_sum *s, scalar a) { *s = r_sum_add(*s, a); }
-XCE_FN scalar total(real_sum s) { return r_abs(s.high) == XCE_INF ? s.high : s.high + s.low; }
 
 #endif

@@ -74,6 +74,7 @@ XCE_FN rmask r_is_nan(real a) { return a != a; }
 XCE_FN real r_select(rmask m, real a, real b) { return m ? a : b; }
 XCE_FN real r_max(real a, real b) { return a > b ? a : b; } /* b where either is NaN, as on a CPU */
 XCE_FN real r_remainder(real a, real q, real b) { return r_fma(-q, b, a); }
+XCE_FN real r_product_low(real a, real b, real product) { return r_fma(a, b, -product); }
 #if defined(XCE_STORAGE_float64)
 XCE_FN scalar r_greatest(scalar a, scalar b) { return fmax(a, b); } /* the number where one is NaN */
 #else

@@ -20,9 +20,7 @@ import xce
 from xce._backends._numbers import (
     FLOAT32,
     FLOAT64,
-    LABEL_KINDS,
     LARGEST,
-    NUMBER_KINDS,
     SMALLEST,
     common_dtype,
     distinct,
@@ -31,8 +29,10 @@ from xce._backends._numbers import (
     in_wider,
     is_beyond,
     is_plain,
+    number_kind,
+    unbounded,
 )
-from xce._call import Call, LogitStats, dtype_name
+from xce._call import Call, LogitStats
 from xce._elements import ElementCall
 
 AXES = 8  # of arrays, after neighbours were joined; XCE_AXES of job.h
@@ -55,8 +55,8 @@ ROW_JOB = np.dtype(
     + [(name, _F8) for name in ("parameter", "label_smoothing", "temperature", "softcap", "z_loss")]
 )
 SUM_JOB = np.dtype(
-    [(name, OPERAND) for name in ("label", "sample", "value")]
-    + [(name, _I8) for name in ("weight", "partials", "result", "loss", "denominator", "n_partials", "n_rows",
+    [(name, OPERAND) for name in ("label", "sample", "left", "value")]
+    + [(name, _I8) for name in ("weight", "partials", "result", "sizes", "loss", "denominator", "n_partials", "n_rows",
                                 "n_classes", "axes")]
     + [("shape", _I8, AXES), ("label_kind", _I8), ("ignore_index", _I8), ("factor", _F8)]
 )
@@ -65,10 +65,10 @@ _NUMBERS = ("x", "y", "pos_weight", "weight", "sample", "value", "grad", "hess")
 ELEMENT_JOB = np.dtype(
     [(name, NUMBERS) for name in _NUMBERS]
     + [("denominator", _I8), ("partials", _I8), ("factor", _F8), ("n", _I8), ("axes", _I8), ("shape", _I8, AXES),
-       ("with", _F8, 3)]
+       ("with", _F8, 5)]
 )
 ARRAY_JOB = np.dtype(
-    [(name, NUMBERS) for name in ("x", "out")]
+    [(name, NUMBERS) for name in ("x", "out", "weight", "sample")]
     + [("n", _I8), ("axes", _I8), ("shape", _I8, AXES)]
     + [(name, _I8) for name in ("classes", "lanes", "what", "n_classes", "ignore_index")]
     + [("low", _F8), ("high", _F8)]
@@ -133,13 +133,15 @@ class Regime(NamedTuple):
     threads: int  # of a block
 
 
-# Bytes of a row up to which a regime serves. Not measured yet: up to 1024 so that what a row costs once, some 300
-# instructions of a thread, is done by few threads, of four chunks and more; the others are those of published kernels.
+# Bytes of a row up to which a regime serves: sixteen chunks of 16 bytes a thread. On an H100 that was the fastest of 22
+# regimes for 1024, 4096, 16384 classes of bfloat16 and 1024 of float32 (`asv_benchmarks/gpu.py --regimes`). With fewer
+# chunks, what a row costs once, some 300 instructions of a thread, weighs more; with more, too few rows are under way.
 _REGIMES = (
-    (512, Regime(8, 1, 128)),
-    (1024, Regime(16, 1, 128)),
-    (6144, Regime(32, 1, 128)),
-    (12288, Regime(64, 1, 64)),
+    (1024, Regime(4, 1, 128)),
+    (2048, Regime(8, 1, 128)),
+    (4096, Regime(16, 1, 128)),
+    (8192, Regime(32, 1, 128)),
+    (16384, Regime(64, 1, 64)),
     (32768, Regime(128, 1, 128)),
     (65536, Regime(256, 1, 256)),
 )
@@ -161,6 +163,16 @@ def text(*names: str) -> str:
         kept = ("" if line.startswith('#include "') else line for line in lines)
         parts.append(f'#line 1 "{name}"\n' + "\n".join(kept))
     return "\n".join(parts) + "\n"
+
+
+def source(module: Module) -> str:
+    """The text of a module with its definitions.
+
+    They stand in the text and are no options of the compiler: CuPy compiles an empty file for each new set of options,
+    in every process, even if the module itself is in its cache.
+    """
+    definitions = (("XCE_CUDA", "1"), (f"XCE_STORAGE_{module.storage}", "1"), *module.definitions)
+    return "".join(f"#define {name} {value}\n" for name, value in definitions) + text(*module.files)
 
 
 @cache
@@ -271,7 +283,7 @@ def _in_one_piece(call: Any, device: Device) -> Any:
 def is_beyond_float32(call: Any, device: Device) -> bool:
     """Whether an option is, or a weight of float64; weights are read only where the caller lets the data be checked."""
     if call.op == "element":  # whose kernel multiplies its weights in float64
-        return any(map(is_beyond, call.params)) or _has_beyond(call, device, call.pos_weight)
+        return any(map(is_beyond, call.params)) or _has_beyond(call, device, *unbounded(call))
     if is_plain(call):
         return False
     return has_options_beyond(call) or _has_beyond(call, device, call.weight, call.sample_weight)
@@ -304,20 +316,22 @@ def _loss(call: Call, device: Device) -> tuple[Any, Any, Any]:
 
 
 def denominator_of_mean(device: Device, call: Call) -> Any:
-    """The denominator of "mean", float64, on the device."""
+    """The denominator of "mean", float64, on the device; NaN if it is a sum of weights that cancel."""
     is_index, scalar = call.target.ndim < call.logits.ndim, _scalar(call.logits)
     weight, sample = _weights(device, call, scalar)
     # class weights do not count for probabilities
     label, weight = (call.target, weight) if is_index else (None, None)
+    left = None if call.where is None else classes_left(call.where, call.axis, device)
     result = device.empty((1,), np.float64)
-    _sum(device, call, label, sample, weight, None, result, None, None, _rows_of(call))
+    arrays = {"label": label, "sample": sample, "left": left}
+    _sum(device, call, arrays, weight, result, None, None, _rows_of(call))
     return result
 
 
 def sum_of_losses(device: Device, call: Call, value: Any, denominator: Any) -> Any:
     """The sum of the rows' losses over the denominator, if there is one."""
     total, loss = device.empty((1,), np.float64), device.empty((), value.dtype)
-    _sum(device, call, None, None, None, value, total, loss, denominator, value.shape)
+    _sum(device, call, {"value": value}, None, total, loss, denominator, value.shape)
     return loss
 
 
@@ -374,7 +388,7 @@ def _rows(device: Device, call: Call, what: str, arrays: dict[str, Any], options
         job[name] = value
     for name in ("label", "indices"):
         if arrays.get(name) is not None:
-            job["index_kind" if name == "indices" else "label_kind"] = LABEL_KINDS[arrays[name].dtype]
+            job["index_kind" if name == "indices" else "label_kind"] = number_kind(arrays[name].dtype)
     if arrays.get("indices") is not None:
         job["n_places"] = arrays["indices"].shape[axis]
     q = arrays.get("q")
@@ -387,7 +401,9 @@ def _rows(device: Device, call: Call, what: str, arrays: dict[str, Any], options
     is_chunked, vec = regime.group > 1 and level < FULL, 16 // x.dtype.itemsize
     chunks = -(-(n_classes + vec - 1) // vec)
     if is_chunked and chunks >= 2**31:
-        raise ValueError(f"rows of {n_classes} classes are too long for a GPU: allowed are {2**31 * vec - 2 * vec}")
+        raise ValueError(
+            f"rows of {n_classes} classes are too long for a GPU: expected {2**31 * vec - 2 * vec} at most"
+        )
     of_thread = -(-chunks // (regime.group * regime.cluster))
     cached = min(of_thread, device.shared_bytes // (16 * regime.threads)) if is_chunked else 0
     job["cached"] = cached
@@ -422,33 +438,38 @@ def rows_module(
 def _sum(
     device: Device,
     call: Call,
-    label: Any,
-    sample: Any,
+    arrays: dict[str, Any],
     weight: Any,
-    value: Any,
     result: Any,
     loss: Any,
     denominator: Any,
     rows: tuple[int, ...],
 ) -> None:
     """Launch the sum of the rows' values, or of their shares of the mean's denominator."""
-    arrays = {"label": label, "sample": sample, "value": value}
-    job = np.zeros((), SUM_JOB)
+    label, job = arrays.get("label"), np.zeros((), SUM_JOB)
     Rows((*rows, 1), len(rows), arrays).enter(device, job, arrays)
     job["weight"] = 0 if weight is None else device.pointer(weight)
     job["n_rows"], job["n_classes"] = math.prod(rows), call.logits.shape[call.axis]
-    job["label_kind"], job["ignore_index"] = 0 if label is None else LABEL_KINDS[label.dtype], call.ignore_index
+    job["label_kind"], job["ignore_index"] = 0 if label is None else number_kind(label.dtype), call.ignore_index
     partials = device.empty((device.sum_blocks,), np.float64)
-    job["partials"] = device.pointer(partials)
+    sizes = device.empty((device.sum_blocks,), np.float64) if loss is None else None
+    job["partials"], job["sizes"] = device.pointer(partials), 0 if sizes is None else device.pointer(sizes)
     device.launch(_sums(call.logits), "partial_sums", device.sum_blocks, (device.sum_threads, 1), 0, job)
-    _final_sum(device, call.logits, partials, result, loss, denominator, 1.0)
+    _final_sum(device, call.logits, partials, result, loss, denominator, 1.0, sizes)
 
 
 def _final_sum(
-    device: Device, logits: Any, partials: Any, result: Any, loss: Any, denominator: Any, factor: float
+    device: Device,
+    logits: Any,
+    partials: Any,
+    result: Any,
+    loss: Any,
+    denominator: Any,
+    factor: float,
+    sizes: Any = None,
 ) -> None:
     job = np.zeros((), SUM_JOB)
-    pointers = {"partials": partials, "result": result, "loss": loss, "denominator": denominator}
+    pointers = {"partials": partials, "sizes": sizes, "result": result, "loss": loss, "denominator": denominator}
     for name, a in pointers.items():
         job[name] = 0 if a is None else device.pointer(a)
     job["n_partials"], job["factor"] = partials.size, factor
@@ -485,7 +506,7 @@ def run_elements(call: ElementCall, device: Device) -> tuple[Any, Any, Any]:
     }  # fmt: skip
     partials = _elements(device, arrays, call, denominator, factor)
     if value is not None:
-        return value if axis is None else _mean(device, value, axis), grad, hess
+        return value if axis is None else _mean(device, value, axis, value.dtype), grad, hess
     loss, total = device.empty((), _scalar(x)), device.empty((1,), np.float64)
     _final_sum(device, x, partials, total, loss, denominator, factor)
     return loss, grad, hess
@@ -507,11 +528,13 @@ def _elements(device: Device, arrays: dict[str, Any], call: ElementCall, denomin
 
 
 def _enter_numbers(device: Device, job: Any, rows: Rows, arrays: dict[str, Any], storage: Any) -> None:
-    """Write arrays of numbers into a job; `storage` is the type that its module is compiled for, if it is for one."""
+    """Write arrays of numbers into a job; `storage` is the type that its module is compiled for."""
     for name, a in arrays.items():
         if a is not None:
             job[name]["data"], job[name]["adjacent"] = device.pointer(a), a.flags.c_contiguous
-            job[name]["kind"] = 0 if a.dtype == storage else number_kind(a.dtype)
+            # a dtype of float64 equals None, too
+            is_own = storage is not None and a.dtype == storage
+            job[name]["kind"] = 0 if is_own else number_kind(a.dtype)
             job[name]["strides"][: len(rows.shape)] = rows.strides[name]
     job["n"], job["axes"] = math.prod(rows.shape), len(rows.shape)
     job["shape"][: len(rows.shape)] = rows.shape
@@ -521,11 +544,6 @@ def _blocks(device: Device, n_threads: int) -> int:
     """As many blocks as have work, and as are at work at a time."""
     blocks = min(-(-n_threads // device.sum_threads), device.processors * 2048 // device.sum_threads)
     return max(blocks, 1)  # a grid of none cannot be launched
-
-
-def number_kind(dtype: Any) -> int:
-    """A type of numbers, as the kernels of single elements and of arrays know it."""
-    return NUMBER_KINDS.get(dtype) or {"float16": 18, "bfloat16": 19}[dtype_name(dtype)]
 
 
 def _scalar(x: Any) -> np.dtype[Any]:
@@ -545,22 +563,42 @@ def _buffer(device: Device, x: Any, buffer: Any) -> Any:
 # Arrays: what CuPy could do as well, but does in more passes, or in bfloat16 by promises only
 
 
-def scan_labels(target: Any, n_classes: int, ignore_index: int, device: Device) -> int:
-    """Return the flat C-order index of the first label outside 0..n_classes-1 that is not ignored, or -1."""
-    return _scan(device, _IS_LABEL, target, n_classes=n_classes, ignore_index=ignore_index)
+def scan_labels(target: Any, n_classes: int, ignore_index: int, weights: tuple[Any, ...], device: Device) -> int:
+    """Return the flat C-order index of the first label outside 0..n_classes-1 that is not ignored, or -1.
+
+    Labels that one of the weights, up to two arrays of the same shape, is 0 for are left out.
+    """
+    return _scan(device, _IS_LABEL, target, weights, n_classes=n_classes, ignore_index=ignore_index)
 
 
-def scan_values(values: Any, low: float, high: float | None, device: Device) -> int:
-    """Return the flat C-order index of the first entry outside low..high (None: infinite), or NaN; or -1."""
-    return _scan(device, _IS_WITHIN, values, low=low, high=float(np.finfo(np.float64).max) if high is None else high)
+def scan_values(values: Any, low: float, high: float | None, weights: tuple[Any, ...], device: Device) -> int:
+    """Return the flat C-order index of the first entry outside low..high (None: infinite), or NaN; or -1.
+
+    Entries that one of the weights, up to two arrays of the same shape, is 0 for are left out.
+    """
+    largest = float(np.finfo(np.float64).max)
+    return _scan(
+        device, _IS_WITHIN, values, weights, low=max(low, -largest) if high is None else low,
+        high=largest if high is None else high,
+    )  # fmt: skip
 
 
-def _scan(device: Device, what: int, x: Any, **allowed: float) -> int:
+def classes_left(where: Any, axis: int, device: Device) -> Any:
+    """Return an array of the rows' shape, 0 for rows that `where` leaves without a class."""
+    return _mean(device, where.copy() if where.ndim > AXES else where, axis, FLOAT32)
+
+
+def _scan(device: Device, what: int, x: Any, weights: tuple[Any, ...] = (), **allowed: float) -> int:
     """Wait for the device, and return the flat index of the first bad entry, or -1."""
     if not x.size:
         return -1
-    x = x.reshape(-1) if x.ndim > AXES else x
-    job = _array_job(device, x, what=what, **allowed)
+    if x.ndim > AXES:
+        x, weights = x.reshape(-1), tuple(w.reshape(-1) for w in weights)
+    job, arrays = np.zeros((), ARRAY_JOB), dict(zip(("x", "weight", "sample"), (x, *weights), strict=False))
+    _enter_numbers(device, job, Rows((*x.shape, 1), x.ndim, arrays), arrays, FLOAT64)
+    job["what"] = what
+    for name, value in allowed.items():
+        job[name] = value
     places = device.empty((_blocks(device, x.size),), np.int64)
     job["out"]["data"] = device.pointer(places)
     device.launch(ARRAYS, "scan", places.size, (device.sum_threads, 1), 0, job)
@@ -600,25 +638,23 @@ def _sum_of_weights(device: Device, x: Any) -> tuple[Any, int]:
     return total, x.size // max(once.size, 1) or 1
 
 
-def _mean(device: Device, x: Any, axis: int) -> Any:
-    """The means over an axis, in the type of `x`."""
-    out = device.empty(x.shape[:axis] + x.shape[axis + 1 :], x.dtype)
+def _mean(device: Device, x: Any, axis: int, dtype: np.dtype[Any]) -> Any:
+    """The means over an axis, in a floating type."""
+    out = device.empty(x.shape[:axis] + x.shape[axis + 1 :], dtype)
     if out.size:
         rows = Rows(x.shape, axis, {"x": x, "out": out})
         lanes = 32 if axis == x.ndim - 1 else 1
         job = np.zeros((), ARRAY_JOB)
-        _enter_numbers(device, job, rows, {"x": x, "out": out}, None)
+        _enter_numbers(device, job, rows, {"x": x, "out": out}, FLOAT64)
         job["classes"], job["n_classes"], job["lanes"] = rows.classes["x"], x.shape[axis], lanes
         device.launch(ARRAYS, "mean_of_rows", _blocks(device, out.size * lanes), (device.sum_threads, 1), 0, job)
     return out
 
 
-def _array_job(device: Device, x: Any, out: Any = None, **fields: float) -> Any:
+def _array_job(device: Device, x: Any, out: Any = None) -> Any:
     """The argument of what visits all entries of `x`, and of `out` beside it."""
     job, arrays = np.zeros((), ARRAY_JOB), {"x": x, "out": out}
-    _enter_numbers(device, job, Rows((*x.shape, 1), x.ndim, arrays), arrays, None)
-    for name, value in fields.items():
-        job[name] = value
+    _enter_numbers(device, job, Rows((*x.shape, 1), x.ndim, arrays), arrays, FLOAT64)
     return job
 
 
@@ -628,14 +664,14 @@ def _array_job(device: Device, x: Any, out: Any = None, **fields: float) -> Any:
 def _map(call: Call, device: Device) -> Any:
     out = _buffer(device, call.logits, call.grad_out)
     if out.size:
-        _rows(device, call, call.op, {"x": call.logits, "grad": out}, {})
+        _rows(device, call, call.op, {"x": call.logits, "where": call.where, "grad": out}, {})
     return out
 
 
 def _logsumexp(call: Call, device: Device) -> Any:
     lse = device.empty(_rows_of(call), _scalar(call.logits))
     if call.logits.size:
-        _rows(device, call, "logsumexp", {"x": call.logits, "value": lse}, {})
+        _rows(device, call, "logsumexp", {"x": call.logits, "where": call.where, "value": lse}, {})
     return lse
 
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from xce._backends import _cuda
 from xce._backends._cuda import AXES, Device, Module, Product
-from xce._backends._numbers import FLOAT32, FLOAT64, LABEL_KINDS
+from xce._backends._numbers import FLOAT32, FLOAT64, number_kind
 from xce._call import Call, LinearCall
 
 # Rows of a chunk, for milliseconds of 8192 rows in bfloat16 as others measured them on an H200: 256 rows 53, 2048 37.7,
@@ -37,9 +37,9 @@ _FILES = (*_cuda.COMMON, "cuda/linear.cu")
 # fmt: off
 RANGE = np.dtype([(name, np.int64) for name in ("data", "columns", "first", "axes")]
                  + [("shape", np.int64, AXES), ("strides", np.int64, AXES)])
-COPY_JOB = np.dtype([(name, RANGE) for name in ("from", "to", "label")]
-                    + [(name, np.int64) for name in ("n_rows", "n_columns", "label_kind", "ignore_index")]
-                    + [("fill", np.uint64)])
+COPY_JOB = np.dtype([(name, RANGE) for name in ("from", "to", "label", "sample", "left")]
+                    + [(name, np.int64) for name in ("n_rows", "n_columns", "label_kind", "sample_size")]
+                    + [("ignore_index", np.int64), ("fill", np.uint64)])
 # fmt: on
 
 
@@ -48,6 +48,9 @@ def run(call: LinearCall, device: Device) -> tuple[Any, tuple[Any, Any, Any]]:
     if call.inputs.dtype != FLOAT64 and _cuda.is_beyond_float32(call.loss, device):
         return _in_float64(call, device)
     loss, n_rows = call.loss, math.prod(call.loss.logits.shape[:-1])
+    if loss.sample_weight is not None:
+        loss = loss._replace(sample_weight=_cuda.cast(device, loss.sample_weight, _scalar(loss)))
+        call = call._replace(loss=loss)
     grads = d_inputs, d_weight, d_bias = tuple(_outputs(call, device))
     value = device.empty((n_rows,), _scalar(loss))
     denominator = _cuda.denominator_of_mean(device, loss) if loss.reduction == "mean" else None
@@ -136,8 +139,15 @@ class _Layer:
         self.device, self.unit, self.step = device, unit, _chunk_rows(call, device)
         self.inputs = _range(device, call.inputs, n_axes)
         self.d_inputs: Any = None if d_inputs is None else _range(device, d_inputs, n_axes)
-        is_index = loss.target.ndim == n_axes
-        self.ignored = _Ignored(_range(device, loss.target, n_axes), loss.ignore_index) if is_index else None
+        left = None if loss.where is None else _cuda.classes_left(loss.where, n_axes, device)
+        ranges = {
+            "label": loss.target if loss.target.ndim == n_axes else None,
+            "sample": loss.sample_weight,
+            "left": left,
+        }
+        self.removed = _Removed(loss.ignore_index, **{
+            name: None if x is None else _range(device, x, n_axes) for name, x in ranges.items()
+        })  # fmt: skip
         self.weight, self.bias = _readable(device, call.weight), call.bias
         self.x = _aligned(device, (self.step, width), dtype)
         self.logits = self.g = _aligned(device, (self.step, n_classes), scalar)
@@ -149,10 +159,10 @@ class _Layer:
         self.ones: Any = None if d_bias is None else _filled(device, self.step, dtype, 1.0)
 
     def forward(self, part: slice) -> tuple[Any, Any]:
-        """Some rows' logits, and the memory of their gradient. The logits of ignored rows are those of zeros."""
+        """Some rows' logits, and the memory of their gradient. The logits of removed rows are those of zeros."""
         n, device = part.stop - part.start, self.device
         x, logits = self.x[:n], self.logits[:n]
-        _copy(device, self.inputs.at(part.start), _range(device, x, 1), x.shape, self.ignored, part.start)
+        _copy(device, self.inputs.at(part.start), _range(device, x, 1), x.shape, self.removed, part.start)
         if self.bias is not None:
             every_row = _range(device, self.bias[None], 1)._replace(shape=(n,), strides=(0,))
             _copy(device, every_row, _range(device, logits, 1), logits.shape)
@@ -166,8 +176,8 @@ class _Layer:
         if self.d_bias is not None:
             self.d_bias.add(self.ones[None, : len(g)], g, self.unit)
         _multiply(device, g, self.weight, x, self.unit)  # in the place of the inputs, which were used for the last time
-        # ignored rows once more: 0 times an infinite weight is not 0
-        _copy(device, _range(device, x, 1), self.d_inputs.at(part.start), x.shape, self.ignored, part.start)
+        # zeros once more: 0 times an infinite weight is not 0
+        _copy(device, _range(device, x, 1), self.d_inputs.at(part.start), x.shape, self.removed, part.start)
 
     def finish(self) -> None:
         """Write what is left to write when the last rows are through."""
@@ -265,11 +275,13 @@ class _Range(NamedTuple):
         return self._replace(first=self.first + start)
 
 
-class _Ignored(NamedTuple):
-    """Labels, and the one whose rows do not count."""
+class _Removed(NamedTuple):
+    """What tells rows that do not count: their label, a weight of 0, or that `where` leaves no class."""
 
-    label: _Range
     ignore_index: int
+    label: _Range | None
+    sample: _Range | None
+    left: _Range | None
 
 
 def _range(device: Device, x: Any, n_axes: int) -> _Range:
@@ -302,11 +314,11 @@ def _copy(
     source: _Range | None,
     target: _Range,
     shape: tuple[int, int],
-    ignored: _Ignored | None = None,
+    removed: _Removed | None = None,
     start: int = 0,
     fill: int = 0,
 ) -> None:
-    """Copy rows in the type of the target: zeros for ignored ones, by their labels from `start` on.
+    """Copy rows in the type of the target: zeros for removed ones, whose numbers begin with `start`.
 
     Without a source: the number whose bits are `fill`.
     """
@@ -315,11 +327,17 @@ def _copy(
     job = np.zeros((), COPY_JOB)
     job["n_rows"], job["n_columns"] = shape
     job["fill"] = fill
-    label = None
-    if ignored is not None:
-        label = ignored.label.at(start)
-        job["label_kind"], job["ignore_index"] = LABEL_KINDS[label.array.dtype], ignored.ignore_index
-    for name, rows in (("from", source), ("to", target), ("label", label)):
+    ranges = {"from": source, "to": target}
+    if removed is not None:
+        job["ignore_index"] = removed.ignore_index
+        for name in ("label", "sample", "left"):
+            rows = getattr(removed, name)
+            ranges[name] = None if rows is None else rows.at(start)
+        if removed.label is not None:
+            job["label_kind"] = number_kind(removed.label.array.dtype)
+        if removed.sample is not None:
+            job["sample_size"] = removed.sample.array.dtype.itemsize
+    for name, rows in ranges.items():
         if rows is not None:
             job[name]["data"], job[name]["columns"], job[name]["first"] = rows.data, rows.columns, rows.first
             job[name]["axes"] = n = len(rows.shape)

@@ -7,14 +7,19 @@ from typing import Any
 
 import numpy as np
 
+from xce._backends._scan import BFLOAT16
+
 FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 
 # size in bytes, negative for a signed type
 LABEL_KINDS = {
     np.dtype(f"{sign}int{8 * size}"): size * (1 if sign else -1) for sign in ("u", "") for size in (1, 2, 4, 8)
 }
-# the same of the numbers that the kernels of single elements read, besides their own
-NUMBER_KINDS = LABEL_KINDS | {np.dtype(bool): 17, FLOAT32: 20, FLOAT64: 24}
+# the same of all numbers that the kernels of single elements read
+NUMBER_KINDS = LABEL_KINDS | {np.dtype(bool): 17, np.dtype(np.float16): 18, FLOAT32: 20, FLOAT64: 24}
+BFLOAT16_KIND = 19
+_OF_ML_DTYPES = {"bfloat16": BFLOAT16_KIND, "int4": 21, "uint4": 22}  # the latter in a byte of their own
+SWAPPED = 128  # is added for numbers whose bytes lie the other way round
 
 SMALLEST, LARGEST = 1e-30, 1e30  # what float32 computes with, far from its ends
 _PLAIN = (0.0, 1.0, None, 0.0)  # the real options of a `Call`, if nothing is asked for
@@ -29,7 +34,19 @@ def common_dtype(a: Any, b: Any) -> np.dtype[Any]:
 
 def is_beyond(x: float) -> bool:
     """Whether float32 cannot hold a number, or its reciprocal, to full precision."""
-    return 0 < x < np.inf and not SMALLEST < x < LARGEST
+    return 0 < abs(x) < np.inf and not SMALLEST < abs(x) < LARGEST
+
+
+def number_kind(dtype: np.dtype[Any]) -> int:
+    """A type of numbers, as the kernels know it."""
+    kind = NUMBER_KINDS.get(dtype)
+    if kind is None:
+        own = dtype.newbyteorder("=")
+        kind = NUMBER_KINDS.get(own) or (BFLOAT16_KIND if own == BFLOAT16 else _OF_ML_DTYPES.get(str(own)))
+        if kind is None:
+            raise TypeError(f"dtype {dtype} is unknown to the kernels: expected bool, integers or floats")
+        kind += SWAPPED * (not dtype.isnative)
+    return kind
 
 
 def is_plain(call: Any) -> bool:
@@ -43,6 +60,11 @@ def has_options_beyond(call: Any) -> bool:
     """Whether an option of a `Call` is beyond float32."""
     options = call.phi_param, call.label_smoothing, call.temperature, call.softcap or 0.0, call.z_loss
     return any(map(is_beyond, options))
+
+
+def unbounded(call: Any) -> tuple[Any, ...]:
+    """Return what the formula of single elements takes besides x that may be of any size, or None."""
+    return call.pos_weight, call.target if call.formula == "soft_margin_loss" else None
 
 
 def in_wider(

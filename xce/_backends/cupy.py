@@ -1,4 +1,4 @@
-"""CuPy arrays: their memory, and the kernels of `_cuda` compiled by NVRTC. Not run on a GPU yet."""
+"""CuPy arrays: their memory, and the kernels of `_cuda` compiled by NVRTC."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ except ImportError as missing:
     ) from missing
 
 from xce._backends import _cuda, _cuda_linear, _cuda_scale
+from xce._backends._scan import scan_repetitions
 from xce._call import LinearCall
 
-__all__ = ["from_numpy", "place", "run", "run_linear", "scan_labels", "scan_values", "to_numpy", "view", "wrap"]
+__all__ = [
+    "classes_left", "from_numpy", "place", "run", "run_linear", "scan_labels", "scan_repetitions", "scan_values",
+    "to_numpy", "view", "wrap",
+]  # fmt: skip
 
 # The same bits as on a CPU as far as they go: nothing is contracted. CuPy adds -ftz=true, so subnormals are 0.
-_OPTIONS = ("-std=c++20", "-DXCE_CUDA", "--fmad=false")
+OPTIONS = ("-std=c++20", "--fmad=false")
 # CUBLAS_DEFAULT_MATH, which has no TF32, with CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION: parts of a sum are
 # added in float32, whatever the result is rounded to.
 _MATH_MODE = 16
@@ -71,8 +75,9 @@ class _Device:
     def launch(
         self, module: _cuda.Module, kernel: str, grid: int, block: tuple[int, int], shared: int, job: Any
     ) -> None:
-        # an array of one entry is passed by value
-        _function(module, kernel, self._number)((grid,), block, (job,), shared_mem=shared)
+        # by value, as an array of no dimensions; of plain bytes, since CuPy takes every field of a structure apart
+        argument = job.view(f"V{job.nbytes}")
+        _function(module, kernel, self._number)((grid,), block, (argument,), shared_mem=shared)
 
 
 def _blas_type(dtype: Any) -> int:
@@ -96,9 +101,7 @@ def _entered(x: Any) -> Iterator[_Device]:
 @cache
 def _function(module: _cuda.Module, kernel: str, number: int) -> Any:
     """A kernel, compiled for the current device, whose number this is."""
-    definitions = (f"-D{name}={value}" for name, value in module.definitions)
-    options = (*_OPTIONS, f"-DXCE_STORAGE_{module.storage}", *definitions)
-    function = cupy.RawModule(code=_cuda.text(*module.files), options=options).get_function(kernel)
+    function = cupy.RawModule(code=_cuda.source(module), options=OPTIONS).get_function(kernel)
     if _cuda.keeps_rows(module):  # once, not by every launch
         function.max_dynamic_shared_size_bytes = _device(number).shared_bytes  # more than 48 KiB must be asked for
         function.preferred_shared_memory_carveout = 100  # the driver may else leave room for one block only
@@ -146,16 +149,28 @@ def from_numpy(x: Any, like: Any) -> Any:
         return cupy.asarray(x, blocking=True)
 
 
-def scan_labels(target: Any, n_classes: int, ignore_index: int) -> int:
-    """Return the flat C-order index of the first label outside 0..n_classes-1 that is not ignored, or -1."""
+def scan_labels(target: Any, n_classes: int, ignore_index: int, weights: tuple[Any, ...] = ()) -> int:
+    """Return the flat C-order index of the first label outside 0..n_classes-1 that is not ignored, or -1.
+
+    Labels that one of the weights, arrays of the same shape, is 0 for are left out.
+    """
     with _entered(target) as device:
-        return _cuda.scan_labels(target, n_classes, ignore_index, device)
+        return _cuda.scan_labels(target, n_classes, ignore_index, weights, device)
 
 
-def scan_values(values: Any, low: float, high: float | None) -> int:
-    """Return the flat C-order index of the first entry outside low..high (None: infinite), or NaN; or -1."""
+def scan_values(values: Any, low: float, high: float | None, weights: tuple[Any, ...] = ()) -> int:
+    """Return the flat C-order index of the first entry outside low..high (None: infinite), or NaN; or -1.
+
+    Entries that one of the weights, arrays of the same shape, is 0 for are left out.
+    """
     with _entered(values) as device:
-        return _cuda.scan_values(values, low, high, device)
+        return _cuda.scan_values(values, low, high, weights, device)
+
+
+def classes_left(where: Any, axis: int) -> Any:
+    """Return an array of the rows' shape, 0 for rows that `where` leaves without a class."""
+    with _entered(where) as device:
+        return _cuda.classes_left(where, axis, device)
 
 
 def run(call: Any) -> Any:

@@ -8,10 +8,13 @@ import numpy as np
 
 from xce import _reference
 from xce._backends._numbers import fill, in_buffers
-from xce._backends._scan import scan_labels, scan_values
+from xce._backends._scan import classes_left, scan_labels, scan_repetitions, scan_values
 from xce._call import Call, LinearCall
 
-__all__ = ["place", "run", "run_linear", "scan_labels", "scan_values", "to_numpy", "view", "wrap"]
+__all__ = [
+    "classes_left", "place", "run", "run_linear", "scan_labels", "scan_repetitions", "scan_values", "to_numpy", "view",
+    "wrap",
+]  # fmt: skip
 
 
 def place(x: Any) -> None:

@@ -10,9 +10,12 @@ import jax
 import numpy as np
 
 from xce._backends import _viewed
-from xce._backends._viewed import scan_labels, scan_values
+from xce._backends._viewed import classes_left, scan_labels, scan_repetitions, scan_values
 
-__all__ = ["place", "run", "run_linear", "scan_labels", "scan_values", "view", "wrap"]
+__all__ = [
+    "classes_left", "is_on_cpu", "place", "run", "run_linear", "scan_labels", "scan_repetitions", "scan_values",
+    "view", "wrap",
+]  # fmt: skip
 
 _CUDA = 2  # of DLPack
 
@@ -25,13 +28,17 @@ def place(x: Any) -> AbstractContextManager[Any] | None:
 def view(x: Any, name: str) -> Any:
     """Return the memory of `x` as an array of NumPy, which is read-only as JAX arrays are, or of CuPy."""
     if isinstance(x, jax.core.Tracer):
-        raise TypeError(f"{name} is being traced (jax.jit, jax.grad, jax.vmap): xce computes on concrete arrays only")
-    if _is_on_cpu(x):
-        return np.asarray(x)
+        raise TypeError(
+            f"{name} is being traced (jax.jit, jax.grad, jax.vmap): expected a concrete array. Call xce outside of the "
+            "transformation, or inside by jax.pure_callback; return_grad=True returns the gradient"
+        )
+    if is_on_cpu(x):
+        try:
+            return np.asarray(x)
+        except TypeError as error:
+            raise TypeError(f"{name} has dtype {x.dtype}: expected numbers") from error
     if not _is_on_cuda(x):
-        raise TypeError(f"{name} is on {x.sharding}: allowed are arrays on the CPU or on one CUDA device")
-    if name.partition("[")[0].endswith("out"):  # a buffer; CuPy has no arrays that are read-only
-        raise ValueError(f"{name} is read-only: arrays of JAX cannot be written")
+        raise TypeError(f"{name} is on {x.sharding}: expected arrays on the CPU or on one CUDA device")
     try:
         # CuPy's stream waits until the array is there
         return _cupy().cupy.from_dlpack(x)
@@ -42,7 +49,8 @@ def view(x: Any, name: str) -> Any:
 def wrap(result: Any) -> Any:
     """Return `result` as a JAX array."""
     if type(result) is np.ndarray or isinstance(result, np.generic):
-        return jax.numpy.asarray(result)
+        with np.errstate(all="ignore"):  # float64 becomes float32 unless JAX is told otherwise
+            return jax.numpy.asarray(result)
     return jax.dlpack.from_dlpack(_Finished(result))
 
 
@@ -81,13 +89,16 @@ def _finished(result: Any, x: Any) -> Any:
     return result
 
 
-def _is_on_cpu(x: Any) -> bool:
+def is_on_cpu(x: Any) -> bool:
+    """Whether an array lies on the CPU; one that is being traced lies nowhere."""
+    if isinstance(x, jax.core.Tracer):
+        return False
     return all(device.platform == "cpu" for device in x.devices())
 
 
 def _is_on_cuda(x: Any) -> bool:
     """Whether an array lies on one CUDA device."""
-    if isinstance(x, jax.core.Tracer) or _is_on_cpu(x):
+    if isinstance(x, jax.core.Tracer) or is_on_cpu(x):
         return False
     try:
         return x.__dlpack_device__()[0] == _CUDA  # type: ignore[no-any-return]

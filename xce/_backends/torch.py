@@ -11,9 +11,12 @@ import torch
 
 from xce._backends import _viewed
 from xce._backends._scan import BFLOAT16
-from xce._backends._viewed import scan_labels, scan_values
+from xce._backends._viewed import classes_left, scan_labels, scan_repetitions, scan_values
+from xce._check import NUMBERS, dtype_name
 
-__all__ = ["place", "run", "run_linear", "scan_labels", "scan_values", "view", "wrap"]
+__all__ = [
+    "classes_left", "place", "run", "run_linear", "scan_labels", "scan_repetitions", "scan_values", "view", "wrap",
+]  # fmt: skip
 
 
 def place(x: Any) -> AbstractContextManager[Any] | None:
@@ -34,14 +37,32 @@ def view(x: Any, name: str) -> Any:
             "(return_grad=True returns the gradient of any loss)"
         )
     try:
-        if is_on_cuda(x):
-            return _cuda().view(x)
-        return x.view(torch.uint16).numpy().view(BFLOAT16) if x.dtype == torch.bfloat16 else x.numpy()
+        if not is_on_cuda(x):
+            return x.view(torch.uint16).numpy().view(BFLOAT16) if x.dtype == torch.bfloat16 else x.numpy()
+        array = _cuda().view(x)
     except (BufferError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        raise TypeError(
-            f"{name} is a torch.Tensor on device {x.device}, of dtype {x.dtype} and layout {x.layout}: "
-            "allowed are dense tensors of NumPy's dtypes or bfloat16, on the CPU or a CUDA device"
-        ) from error
+        raise TypeError(f"{name} {_refusal(x, name)}") from error
+    if x.data_ptr() % x.element_size():  # of another library's memory; to read it would end the context
+        raise ValueError(
+            f"{name} does not lie at a multiple of {x.element_size()} bytes, the size of an entry: clone it"
+        )
+    return array
+
+
+def _refusal(x: Any, name: str) -> str:
+    """What is wrong with a tensor whose memory cannot be had."""
+    if x.is_neg():
+        return f"has the negative bit, its memory holds other numbers: pass {name}.resolve_neg()"
+    is_usual = x.device.type in ("cpu", "cuda") and x.layout is torch.strided and dtype_name(x.dtype) in NUMBERS
+    if is_usual:
+        return (
+            "holds no numbers, as where it is being traced or transformed (torch.func.vmap, FakeTensorMode): expected "
+            "a concrete tensor; xce.torch lets PyTorch compute there"
+        )
+    return (
+        f"is a torch.Tensor on device {x.device}, of dtype {x.dtype} and layout {x.layout}: "
+        "expected dense tensors of NumPy's dtypes or bfloat16, on the CPU or a CUDA device"
+    )
 
 
 def wrap(result: Any) -> Any:

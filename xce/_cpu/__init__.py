@@ -22,6 +22,14 @@ def available_levels() -> tuple[str, ...]:
     return tuple(name for name, level in LEVELS.items() if supports(level) and _built(name))
 
 
+def level_not_built() -> str | None:
+    """The best level that this CPU could run, if the build left it out."""
+    from xce._cpu.runtime import supports
+
+    best = next((name for name, level in LEVELS.items() if supports(level)), None)
+    return None if best is None or _built(best) else best
+
+
 def _built(level: str) -> bool:
     return importlib.util.find_spec(f"{__name__}.{level}_float32") is not None
 

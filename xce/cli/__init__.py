@@ -7,7 +7,9 @@ that needs it.
 
 from __future__ import annotations
 
+import io
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -32,14 +34,23 @@ def command_group() -> click.Group:
     """
     import click
 
+    from ._errors import EXIT_CODES, CommandGroup
     from .demo import demo
     from .info import info
     from .score import score
 
-    @click.group(context_settings={"help_option_names": ["-h", "--help"]})
+    @click.group(
+        cls=CommandGroup,
+        invoke_without_command=True,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        epilog=EXIT_CODES,
+    )
     @click.version_option(package_name="xce", prog_name="xce")
-    def group() -> None:
+    @click.pass_context
+    def group(ctx: click.Context) -> None:
         """Cross-entropy losses for arrays: try them, score saved logits, inspect the installation."""
+        if ctx.invoked_subcommand is None:
+            click.echo(ctx.get_help())
 
     for command in (demo, score, info):
         group.add_command(command)
@@ -57,13 +68,21 @@ def main(args: Sequence[str] | None = None) -> None:
     Raises
     ------
     SystemExit
-        Always: with 0 for success, 1 for an error and 2 for wrong usage.
+        Always: with one of the exit codes that ``xce --help`` lists.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file may hold what a terminal cannot show
     try:
-        group = command_group()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            command_group().main(args=None if args is None else list(args), prog_name="xce")
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in {"click", "rich"}:
             raise
         sys.exit(f"Error: the command xce needs {package}, which comes with: pip install 'xce[demo]'")
-    group.main(args=None if args is None else list(args), prog_name="xce")
+    except OSError as error:  # a module that cannot be read
+        sys.exit(f"Error: {error}")
+    except KeyboardInterrupt:  # while modules are imported
+        print("Error: interrupted", file=sys.stderr)
+        sys.exit(130)

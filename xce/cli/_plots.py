@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
 import numpy as np
 from numpy.typing import NDArray
 
+from ._errors import UnwrittenFileError, one_line
 from ._extras import require
 from ._stats import Calibration
 
@@ -108,25 +111,33 @@ def score_figure(histogram: NDArray[np.int64], calibration: Calibration, loss: f
     return figure
 
 
-def write_figure(figure: Figure, path: Path) -> None:
-    """Write a figure; the ending of the file name chooses the format.
+def write_figure(draw: Callable[[], Figure], path: Path) -> None:
+    """Draw a figure and write it; the ending of the file name chooses the format.
 
     Parameters
     ----------
-    figure : matplotlib.figure.Figure
-        The figure.
+    draw : callable
+        Returns the figure.
     path : Path
         Where to write it.
 
     Raises
     ------
-    click.ClickException
-        When the file cannot be written.
+    UnwrittenFileError
+        When it cannot be drawn or written.
     """
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it would talk about its caches and fonts
     try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise click.ClickException(f"{path}: {error.strerror or error}") from None
+        figure = draw()
+        formats = figure.canvas.get_supported_filetypes()
+        ending = path.suffix.lower().lstrip(".")
+        if ending not in formats:
+            raise ValueError(f"expected a name that ends in one of {', '.join(f'.{name}' for name in sorted(formats))}")
+        content = io.BytesIO()  # a file that matplotlib cannot write, it leaves open
+        figure.savefig(content, format=ending, dpi=150)
+        path.write_bytes(content.getbuffer())
+    except Exception as error:  # matplotlib, Pillow and LaTeX raise anything; the results are printed already
+        raise UnwrittenFileError(f"the figure {path} could not be written: {one_line(error)}") from None
 
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import shlex
 import time
@@ -12,15 +13,16 @@ from typing import Any, NamedTuple
 import click
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
 
 import xce
 
+from ._console import console_output
+from ._errors import EXIT_CODES, UnwrittenFileError, one_line
 from ._extras import require
 from ._plots import demo_figure, write_figure
+from ._scoring import Score
 from ._stats import WorstRows
-from .score import Score
 
 __all__ = ["Regression", "Split", "demo", "digits", "fit"]
 
@@ -150,7 +152,7 @@ def fit(split: Split, *, l2: float = L2, max_iterations: int = MAX_ITERATIONS) -
     return model
 
 
-@click.command()
+@click.command(epilog=EXIT_CODES, short_help="Train and judge a model on handwritten digits.")
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
@@ -170,25 +172,30 @@ def demo(out: Path) -> None:
         "threadpoolctl",
     ):  # what is missing is said before the training
         require(module)
+    out.mkdir(parents=True, exist_ok=True)
     split = digits()
     model = fit(split)
     train, held_out = _judge(model, split.train_x, split.train_y), _judge(model, split.test_x, split.test_y)
+    _report(model, train.as_dict(), held_out.as_dict())
 
     logits_path, labels_path, figure_path = out / "logits.npy", out / "labels.npy", out / "demo.png"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        np.save(logits_path, model.logits(split.test_x).astype(np.float32))
-        np.save(labels_path, split.test_y)
-    except OSError as error:
-        raise click.ClickException(f"{error.filename or out}: {error.strerror or error}") from None
+    _save(logits_path, model.logits(split.test_x).astype(np.float32))
+    _save(labels_path, split.test_y)
     write_figure(
-        demo_figure(model.train_curve, model.test_curve, held_out.histogram, held_out.calibration),
-        figure_path,
+        lambda: demo_figure(model.train_curve, model.test_curve, held_out.histogram, held_out.calibration), figure_path
     )
-    _report(model, train.as_dict(), held_out.as_dict())
     click.echo(f"\nwrote {logits_path}, {labels_path} and {figure_path}")
     click.echo("\nnext, try:")
     click.echo(f"  xce score {shlex.quote(str(logits_path))} {shlex.quote(str(labels_path))}")
+
+
+def _save(path: Path, array: NDArray[Any]) -> None:
+    content = io.BytesIO()  # written to a file, NumPy does not say why it cannot write
+    np.save(content, array)
+    try:
+        path.write_bytes(content.getbuffer())
+    except OSError as error:
+        raise UnwrittenFileError(f"{path} could not be written: {one_line(error)}") from None
 
 
 def _judge(model: Regression, x: Floats, y: Labels) -> Score:
@@ -198,7 +205,6 @@ def _judge(model: Regression, x: Floats, y: Labels) -> Score:
 
 
 def _report(model: Regression, train: dict[str, Any], held_out: dict[str, Any]) -> None:
-    console = Console()
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="cyan")
     table.add_column("")
     table.add_column("training", justify="right")
@@ -211,14 +217,12 @@ def _report(model: Regression, train: dict[str, Any], held_out: dict[str, Any]) 
         ("calibration error", "calibration_error", ".2%"),
     ):
         table.add_row(name, format(train[key], form), format(held_out[key], form))
-    console.print("softmax regression on handwritten digits", style="bold")
-    console.print(table)
-    chance = math.log(model.bias.size)
-    console.print(
-        f"\nguessing: {chance:.4f} nats. L-BFGS took {len(model.train_curve) - 1} iterations with "
+    with console_output() as console:
+        console.print("softmax regression on handwritten digits", style="bold")
+        console.print(table)
+    click.echo(
+        f"\nguessing: {math.log(model.bias.size):.4f} nats. L-BFGS took {len(model.train_curve) - 1} iterations with "
         f"{model.evaluations} evaluations in {model.seconds:.2f} s,\n"
         f"of which {1e3 * model.xce_seconds:.1f} ms inside xce "
-        f"({1e6 * model.xce_seconds / model.evaluations:.0f} us for each loss with its gradient).",
-        highlight=False,
-        soft_wrap=True,
+        f"({1e6 * model.xce_seconds / model.evaluations:.0f} us for each loss with its gradient)."
     )

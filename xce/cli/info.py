@@ -8,11 +8,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 import xce
+
+from ._console import console_output
+from ._errors import EXIT_CODES
 
 __all__ = ["collect", "info"]
 
@@ -57,7 +59,7 @@ def collect() -> dict[str, Any]:
     return facts
 
 
-@click.command()
+@click.command(epilog=EXIT_CODES, short_help="Show versions, kernels, threads and GPUs.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def info(as_json: bool) -> None:
     """Show versions, CPU kernels, threads and GPUs; paste it into a bug report."""
@@ -70,7 +72,8 @@ def info(as_json: bool) -> None:
     table.add_column(overflow="fold")
     for key, value in _flatten(facts):
         table.add_row(Text(key), Text(value))
-    Console().print(table)
+    with console_output() as console:
+        console.print(table)
 
 
 def _flatten(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
