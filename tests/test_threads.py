@@ -175,6 +175,28 @@ def test_any_number_may_be_asked_for(n: Any) -> None:
         assert xce.cross_entropy(X, Y, n_threads=n) == expected
 
 
+@needs_openmp
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at what Linux tells of a process")
+@pytest.mark.parametrize("room", [0, 1 << 20, 20 << 20])  # bytes: a thread's stack takes 8 MiB
+def test_a_system_without_room_for_threads_gets_fewer(room: int) -> None:
+    """OpenMP would end the process."""
+    code = f"""
+import resource, numpy as np, xce
+from xce import _threads
+_threads.hardware_limit = lambda: 8
+logits, labels = np.zeros((8192, 100), np.float32), np.zeros(8192, int)
+xce.cross_entropy(logits, labels, n_threads=1)
+in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (in_use + {room}, -1))
+small = _threads.team(None, logits.size), xce.cross_entropy(logits, labels)
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+print(*small, _threads.team(None, logits.size), xce.cross_entropy(logits, labels))
+"""
+    small, loss, all_threads, same_loss = run_apart(code, OMP_NUM_THREADS="8").split()
+    assert 1 <= int(small) < int(all_threads) == 8
+    assert loss == same_loss
+
+
 # A build without OpenMP
 
 

@@ -46,7 +46,7 @@ def team(asked: int | None, n_logits: int) -> int:
     if _is_serial_untold:
         _tell_of_one_thread(asked, n_logits)
     limit = min(n_logits // LOGITS_PER_THREAD, get_num_threads())
-    return limit if asked is None else min(asked, limit)
+    return runtime.startable(limit if asked is None else min(asked, limit))
 
 
 def _tell_of_one_thread(asked: int | None, n_logits: int) -> None:

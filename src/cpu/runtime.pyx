@@ -4,6 +4,7 @@
 cdef extern from "threads.h" nogil:
     const int XCE_OPENMP
     int xce_max_threads()
+    int xce_startable(int n_threads)
     int xce_watch_forks()
     bint xce_cpu_supports(int level)
 
@@ -16,6 +17,11 @@ def openmp_version():
 def max_threads():
     """How many threads OpenMP would start here and now; 1 within a parallel region."""
     return xce_max_threads()
+
+
+def startable(int n_threads):
+    """How many of these threads, the caller among them, the system lets this thread have."""
+    return xce_startable(n_threads)
 
 
 def supports(int level):
