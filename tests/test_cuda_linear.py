@@ -210,10 +210,8 @@ def test_chunks_are_equal_and_below_the_cap(dtype: str, return_grad: bool, monke
 def test_rows_of_a_chunk() -> None:
     """As many as make products fast, however much memory there is."""
     x = np.broadcast_to(np.float32(1), (10000, 2))
-    call = xce._call.normalise_linear(
-        emulated, x, W[:, :2].astype("f4"), np.zeros(10000, int), None, None, None, None, None, None,
-        reduction="sum", return_grad=False,
-    )  # fmt: skip
+    weight, labels = W[:, :2].astype("f4"), np.zeros(10000, int)
+    call = xce._call.linear_call(emulated, x, weight, labels, None, None, {"reduction": "sum"})
     with mock.patch.object(Emulated, "memory_bytes", 2**40):
         assert _cuda_linear._chunk_rows(call, DEVICE) == -(-10000 // 3)
         assert _cuda_linear._chunk_rows(call._replace(chunk_rows=20000), DEVICE) == 10000

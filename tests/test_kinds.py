@@ -13,7 +13,7 @@ from xce import _reference
 from xce._backends import _scan
 from xce._backends import numpy as numpy_backend
 from xce._backends._numbers import number_kind
-from xce._call import normalise
+from xce._call import row_call
 from xce._dispatch import owner_of
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
@@ -143,7 +143,7 @@ def test_ranks_beyond_what_float32_counts() -> None:
 
 def test_labels_in_bfloat16_as_the_reference_reads_them() -> None:
     y = LABELS.astype(ml_dtypes.bfloat16)
-    call = normalise(owner_of(LOGITS, "logits"), "loss", "cross_entropy", 0.0, LOGITS, -1, y)
+    call = row_call(owner_of(LOGITS, "logits"), "loss", "cross_entropy", 0.0, LOGITS, y, {})
     value = _reference.run(call)[0]
     np.testing.assert_allclose(value, losses(LOGITS, LABELS).astype(float), rtol=4e-15)
 

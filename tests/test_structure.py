@@ -71,7 +71,7 @@ def test_every_formula_has_a_case_and_a_kernel() -> None:
         if call.op == "element":
             found["element"].add(call.formula)
         else:
-            found["divergence" if call.op == "distillation" else "phi"].add(call.phi)
+            found["divergence" if call.op == "distillation" else "phi"].add(call.loss)
     assert found == {
         "phi": set(_reference.PHI), "divergence": set(_reference.DIVERGENCES), "element": set(_reference.ELEMENTS)
     }  # fmt: skip

@@ -598,22 +598,23 @@ def _integer(name: str, value: Any, allowed: range, text: str) -> int:
     return int(value)
 
 
-_REAL_OPTIONS: dict[str, tuple[Callable[[float], bool], str]] = {
-    "label_smoothing": (lambda x: 0.0 <= x <= 1.0, "a number in [0, 1]"),
-    "temperature": (lambda x: 0.0 < x < math.inf, "a finite number greater than 0"),
-    "softcap": (lambda x: 0.0 < x < math.inf, "None, or a finite number greater than 0"),
-    "q": (lambda x: 0.0 <= x <= 1.0, "a number in [0, 1]"),
-    "epsilon": (math.isfinite, "a finite number"),
-    "clip": (lambda x: 0.0 <= x < 1.0, "a number in [0, 1)"),
-    "alpha": (lambda x: x == -1.0 or 0.0 <= x <= 1.0, "a number in [0, 1], or None or -1 for no balancing"),
-    "log_clamp": (lambda x: x <= 0.0, "None, or a number of at most 0"),
-}
-_NONNEGATIVE = (lambda x: 0.0 <= x < math.inf, "a finite number of at least 0")  # z_loss, and the parameters of losses
+# What a number may be, and the words for it.
+Range: TypeAlias = tuple[Callable[[float], bool], str]
+UNIT: Range = (lambda x: 0.0 <= x <= 1.0, "a number in [0, 1]")
+BELOW_1: Range = (lambda x: 0.0 <= x < 1.0, "a number in [0, 1)")
+AT_LEAST_0: Range = (lambda x: 0.0 <= x < math.inf, "a finite number of at least 0")
+POSITIVE: Range = (lambda x: 0.0 < x < math.inf, "a finite number greater than 0")
+ANY_FINITE: Range = (math.isfinite, "a finite number")
+AT_MOST_0: Range = (lambda x: x <= 0.0, "a number of at most 0")
+ALPHA: Range = (lambda x: x == -1.0 or 0.0 <= x <= 1.0, "a number in [0, 1], or None or -1 for no balancing")
 
 
-def real(name: str, value: Any) -> float:
-    """Return a real-valued option."""
-    is_allowed, text = _REAL_OPTIONS.get(name, _NONNEGATIVE)
+def real(name: str, value: Any, allowed: Range = AT_LEAST_0, *, or_none: bool = False) -> Any:
+    """Return an option that is a number, as a float."""
+    if or_none and value is None:
+        return None
+    is_allowed, text = allowed
+    text = f"None, or {text}" if or_none else text
     value = value if type(value) is float else unboxed(name, value)
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{name} is {described(value)}: expected {text}")
@@ -628,6 +629,8 @@ def real(name: str, value: Any) -> float:
 
 def flag(name: str, value: Any) -> bool:
     """Return the value of a flag."""
+    if type(value) is bool:
+        return value
     value = unboxed(name, value)
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} is {described(value)}: expected True or False")

@@ -5,50 +5,45 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from typing import TypeVar
 
-F = TypeVar("F", bound=Callable[..., object])
+__all__ = ["complete"]
 
 _SECTION = re.compile(r"^(\w[\w ]+)\n-{3,}\n", re.MULTILINE)
 _ENTRY = re.compile(r"^(\w[\w, ]*) : .*(?:\n(?: .*|$))*", re.MULTILINE)
 
 
-def documented_like(source: Callable[..., object]) -> Callable[[F], F]:
-    """Complete a function's docstring by what it has in common with that of `source`.
+def complete(function: Callable[..., object], described: dict[str, str], source: Callable[..., object] | None) -> None:
+    """Complete a function's docstring by parameters that are described elsewhere, and by that of `source`.
 
-    Parameters that the function does not describe, and the sections Returns and Raises if they are missing, are
-    those of `source`. The last paragraph of its Notes, which is on gradients, goes to whatever returns them.
+    Of `source` are other parameters that the function does not describe, and the sections Returns and Raises if they
+    are missing. The last paragraph of its Notes, which is on gradients, goes to whatever returns them.
     """
-
-    def complete(function: F) -> F:
-        if function.__doc__ is None or source.__doc__ is None:  # python -OO
-            return function
-        own, shared = _sections(function.__doc__), _sections(source.__doc__)
-        described = _entries(shared["Parameters"]) | _entries(own.get("Parameters", ""))
-        wanted = list(inspect.signature(function).parameters)
-        entries: list[str] = []
-        for name in wanted:
-            entry = next(text for names, text in described.items() if name in names.split(", "))
-            if entry not in entries:  # one entry may describe several
-                entries.append(entry)
-        own["Parameters"] = "\n".join(entries)
-        for name in ("Returns", "Raises"):
-            own.setdefault(name, shared[name])
-        if "return_grad" in wanted:
-            paragraphs = [own["Notes"]] if "Notes" in own else []
-            own["Notes"] = "\n\n".join([*paragraphs, shared["Notes"].rpartition("\n\n")[2]])
-        order = ["", "Parameters", "Returns", "Raises", "Notes", "References", "Examples"]
-        function.__doc__ = "\n\n".join(
-            f"{name}\n{'-' * len(name)}\n{own[name]}" if name else own[name] for name in order if name in own
-        )
-        return function
-
-    return complete
+    if function.__doc__ is None:  # python -OO
+        return
+    own, shared = _sections(function), {} if source is None else _sections(source)
+    described = _entries(shared.get("Parameters", "")) | described | _entries(own.get("Parameters", ""))
+    wanted = inspect.signature(function).parameters
+    entries: dict[str, None] = {}  # one may describe several; the last is the function's own
+    for name in wanted:
+        entries[[text for names, text in described.items() if name in names.split(", ")][-1]] = None
+    own["Parameters"] = "\n".join(entries)
+    for heading in ("Returns", "Raises"):
+        if heading in shared:
+            own.setdefault(heading, shared[heading])
+    if "return_grad" in wanted and "Notes" in shared:
+        paragraphs = [own["Notes"]] if "Notes" in own else []
+        own["Notes"] = "\n\n".join([*paragraphs, shared["Notes"].rpartition("\n\n")[2]])
+    order = ["", "Parameters", "Returns", "Raises", "Notes", "References", "Examples"]
+    function.__doc__ = "\n\n".join(
+        f"{heading}\n{'-' * len(heading)}\n{own[heading]}" if heading else own[heading]
+        for heading in order
+        if heading in own
+    )
 
 
-def _sections(doc: str) -> dict[str, str]:
+def _sections(function: Callable[..., object]) -> dict[str, str]:
     """The text before the first heading, under "", and that under each heading."""
-    parts = _SECTION.split(inspect.cleandoc(doc))
+    parts = _SECTION.split(inspect.cleandoc(function.__doc__ or ""))
     return {"": parts[0].strip()} | {
         heading: text.strip("\n") for heading, text in zip(parts[1::2], parts[2::2], strict=True)
     }

@@ -6,13 +6,15 @@ import decimal
 import math
 from functools import lru_cache
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from xce import _check as check
-from xce._check import REDUCTIONS, Array
-from xce._dispatch import namespace, placed, view, view_buffer
+from xce._call import finish, outputs
+from xce._check import Array
+from xce._dispatch import namespace, owner_of, placed, view
+from xce._options import DEFAULTS, checked
 
-__all__ = ["ElementCall", "logit_in_two_parts", "normalise_elements"]
+__all__ = ["SIGNS", "ElementCall", "ElementLoss", "element_call", "element_loss", "logit_in_two_parts"]
 
 # kinds of targets: the dtypes that they may have
 LABELS = ("bool", *check.INTEGERS, *check.FLOATS)
@@ -35,86 +37,86 @@ class ElementCall(NamedTuple):
     pos_weight: Array  # None, or a second parameter of f, which may also be the alpha of a class, likewise
     sample_weight: Array  # None, or factors that the mean counts, likewise
     axis: int | None  # the axis over which elements are averaged to rows
+    validate: bool
     reduction: str  # "mean" | "batchmean" | "sum" | "none"
     return_grad: bool
     return_hess: bool
+    n_threads: int | None
     grad_out: Array
     hess_out: Array
-    n_threads: int | None
-    validate: bool
+
+
+class ElementLoss(NamedTuple):
+    """What a public loss of single elements takes."""
+
+    function: str  # its name
+    formula: str
+    name: str = "logits"  # of what it is a function of
+    kinds: tuple[str, ...] = LABELS  # dtypes of the target
+    range: tuple[float, float | None, str] | None = None  # of that, and
+    target_range: tuple[float, float | None, str] | None = check.BETWEEN_0_AND_1
+    factors: tuple[str, str] = ("weight", "pos_weight")  # the names of the two that it may take besides sample weights
+    reductions: tuple[str, ...] = check.REDUCTIONS
+
+
+def element_loss(
+    loss: ElementLoss,
+    params: tuple[float, ...],
+    x: Array,
+    target: Array,
+    options: Any,
+    factors: tuple[Array | None, Array | None] = (None, None),
+    axis: Any = None,
+    reduction: str | None = None,
+) -> Any:
+    """Return what a public loss of single elements returns; `axis` is that of means over the classes of a row.
+
+    A reduction that is not among the options is one of the loss's own.
+    """
+    owner, options = owner_of(x, loss.name), checked(loss.function, options)
+    if reduction is not None:
+        options["reduction"] = check.choice("reduction", reduction, loss.reductions)
+    call = element_call(owner, loss, params, x, target, options, factors, axis)
+    return finish(owner, call, owner.run(call))
 
 
 @placed(3)
-def normalise_elements(
+def element_call(
     owner: ModuleType,
-    formula: str,
+    loss: ElementLoss,
     params: tuple[float, ...],
     x: Array,
-    name: str,
     target: Array,
-    kinds: tuple[str, ...],
-    *,
-    x_range: tuple[float, float | None, str] | None = None,
-    target_range: tuple[float, float | None, str] | None = None,
-    weight: Array | float | None = None,
-    pos_weight: Array | float | None = None,
-    pos_weight_name: str = "pos_weight",
-    sample_weight: Array | float | None,
-    axis: int | None = None,
-    reduction: str,
-    reductions: tuple[str, ...] = REDUCTIONS,
-    return_grad: bool,
-    return_hess: bool,
-    grad_out: Array | None,
-    hess_out: Array | None,
-    n_threads: int | None,
-    validate: bool,
+    options: dict[str, Any],
+    factors: tuple[Array | None, Array | None],
+    axis: Any,
 ) -> ElementCall:
-    """Return the checked call; `name` is what the user calls x, `kinds` are the dtypes of the target."""
-    first, x = x, check.of_dtype(owner.view(x, name), name, *check.FLOATS)
-    target = check.of_dtype(view(owner, first, target, "target", name), "target", *kinds)
+    """Return the checked call, whose options have been checked as far as alone."""
+    name, first, given = loss.name, x, DEFAULTS | options
+    x = check.of_dtype(owner.view(first, name), name, *check.FLOATS)
+    target = check.of_dtype(view(owner, first, target, "target", name), "target", *loss.kinds)
     if target.shape != x.shape:
         raise ValueError(f"target has shape {target.shape}: expected {x.shape}, the shape of {name}")
-    validate = check.flag("validate", validate)
+    validate = given["validate"]
     if axis is not None:
         axis = check.class_axis(axis, len(x.shape), name)
         if x.shape[axis] == 0:
             raise ValueError(f"{name} of shape {x.shape} has no classes: expected at least one on axis {axis}")
-    factors = {"weight": weight, pos_weight_name: pos_weight, "sample_weight": sample_weight}
-    if not (weight is pos_weight is sample_weight is None):
-        for key, factor in factors.items():
-            if factor is not None:
-                array = check.view_factors(owner, first, name, x, factor, key)
-                factors[key] = _factor(owner, array, key, x, name, axis, validate)
+    named = dict(zip((*loss.factors, "sample_weight"), (*factors, given["sample_weight"]), strict=True))
+    for key, factor in named.items():
+        if factor is not None:
+            array = check.view_factors(owner, first, name, x, factor, key)
+            named[key] = _factor(owner, array, key, x, name, axis, validate)
+    weight, pos_weight, sample_weight = named.values()
     if validate:
-        removing = tuple(w for w in (factors["weight"], factors["sample_weight"]) if w is not None)
-        if x_range is not None:
-            check.values(owner, x, name, *x_range, weights=removing)
-        if target_range is not None and check.dtype_name(target.dtype) != "bool":
-            check.values(owner, target, "target", *target_range, weights=removing)
-    return_grad, return_hess = check.flag("return_grad", return_grad), check.flag("return_hess", return_hess)
-    if not (grad_out is hess_out is None):
-        grad_out = view_buffer(owner, first, grad_out, "grad_out", name)
-        hess_out = view_buffer(owner, first, hess_out, "hess_out", name)
-        check.asked((grad_out, return_grad, "grad"), (hess_out, return_hess, "hess"))
-        check.buffers(x, name, {"grad_out": grad_out, "hess_out": hess_out}, {"target": target} | factors)
+        removing = tuple(w for w in (weight, sample_weight) if w is not None)
+        if loss.range is not None:
+            check.values(owner, x, name, *loss.range, weights=removing)
+        if loss.target_range is not None and check.dtype_name(target.dtype) != "bool":
+            check.values(owner, target, "target", *loss.target_range, weights=removing)
+    returned = outputs(owner, first, x, name, given, {"target": target} | named)
     return ElementCall(
-        op="element",
-        formula=formula,
-        params=params,
-        logits=x,
-        target=target,
-        weight=factors["weight"],
-        pos_weight=factors[pos_weight_name],
-        sample_weight=factors["sample_weight"],
-        axis=axis,
-        reduction=check.choice("reduction", reduction, reductions),
-        return_grad=return_grad,
-        return_hess=return_hess,
-        grad_out=grad_out,
-        hess_out=hess_out,
-        n_threads=check.thread_count("n_threads", n_threads),
-        validate=validate,
+        "element", loss.formula, params, x, target, weight, pos_weight, sample_weight, axis, validate, **returned
     )
 
 

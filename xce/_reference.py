@@ -202,19 +202,17 @@ def run(call: Call | ElementCall) -> Any:
 
 def _with_integer_labels(call: Call) -> Call:
     """Return `call` with labels that are floats as integers; those that are not whole become no class."""
-    y = call.target
-    if y is None or y.ndim == call.logits.ndim:
+    y = call.labels
+    if y is None or dtype_name(y.dtype) not in FLOATS:
         return call
     xp = namespace(y)
-    if dtype_name(y.dtype) not in FLOATS:
-        return call
     n_classes = call.logits.shape[call.axis]
     y = xp.astype(y, xp.float64)  # narrower types would round the numbers that they are compared with
     is_label = (y >= 0) & (y < n_classes) & (y == xp.floor(y))
     if float(call.ignore_index) == call.ignore_index:
         is_label = is_label | (y == float(call.ignore_index))
     nothing = n_classes if call.ignore_index != n_classes else n_classes + 1
-    return call._replace(target=xp.astype(xp.where(is_label, y, float(nothing)), xp.int64))
+    return call._replace(labels=xp.astype(xp.where(is_label, y, float(nothing)), xp.int64))
 
 
 def run_linear(call: LinearCall) -> tuple[Array, tuple[Array | None, ...]]:
@@ -253,15 +251,15 @@ def _softmax_rows(xp: Any, x: Array, call: Call | None = None) -> _Rows:
 
 def _distance(xp: Any, call: Call, x: Array, maximum: Array) -> Array:
     """Return f(x) - f(maximum) of what `_transform` makes of them, the difference first."""
-    if call.softcap is None:
-        return 2 * ((x / 2 - maximum / 2) / call.temperature)  # the difference alone may be beyond the type
-    a, b = x / call.softcap, maximum / call.softcap
-    w = (x / 2 - maximum / 2) / call.softcap  # (a - b) / 2
+    if not call.numbers.softcap:
+        return 2 * ((x / 2 - maximum / 2) / call.numbers.temperature)  # the difference alone may be beyond the type
+    a, b = x / call.numbers.softcap, maximum / call.numbers.softcap
+    w = (x / 2 - maximum / 2) / call.numbers.softcap  # (a - b) / 2
     # tanh(a) - tanh(b) = sinh(a - b) / (cosh(a) cosh(b)), without what overflows
     same_sign = (a > 0) == (b > 0)
     nearest = xp.where(same_sign, xp.minimum(xp.abs(a), xp.abs(b)), 0.0)
     ends = (1 + xp.exp(-2 * xp.abs(a))) * (1 + xp.exp(-2 * xp.abs(b)))
-    capped = call.softcap * (2 * xp.expm1(4 * w) * xp.exp(-2 * nearest) / ends) / call.temperature
+    capped = call.numbers.softcap * (2 * xp.expm1(4 * w) * xp.exp(-2 * nearest) / ends) / call.numbers.temperature
     return xp.where(xp.isinf(x), x, capped)  # infinities stay
 
 
@@ -273,15 +271,15 @@ def _logits(xp: Any, call: Call) -> Array:
 
 def _transform(xp: Any, call: Call, x: Array) -> tuple[Array, Array, Array]:
     """Return softcap and temperature applied to x, with the first derivative, and the second over that."""
-    if call.softcap is None:
-        return x / call.temperature, xp.ones_like(x) / call.temperature, xp.zeros_like(x)
-    z = x / call.softcap
+    if not call.numbers.softcap:
+        return x / call.numbers.temperature, xp.ones_like(x) / call.numbers.temperature, xp.zeros_like(x)
+    z = x / call.numbers.softcap
     decay = xp.exp(-2 * xp.abs(z))
     sech2 = 4 * decay / (1 + decay) ** 2  # 1 - tanh(z)^2 without its cancellation
-    value = xp.where(x == -math.inf, x, call.softcap * xp.tanh(z))  # -inf is padding and stays -inf
+    value = xp.where(x == -math.inf, x, call.numbers.softcap * xp.tanh(z))  # -inf is padding and stays -inf
     value = xp.where(x == math.inf, x, value)
-    slope = sech2 / call.temperature
-    return value / call.temperature, slope, -2 * xp.tanh(z) / call.softcap
+    slope = sech2 / call.numbers.temperature
+    return value / call.numbers.temperature, slope, -2 * xp.tanh(z) / call.numbers.softcap
 
 
 class _Target(NamedTuple):
@@ -294,19 +292,19 @@ class _Target(NamedTuple):
 
 
 def _coefficients(xp: Any, call: Call, x: Array, kept: Array) -> _Target:
-    n_classes, eps = x.shape[-1], call.label_smoothing
+    n_classes, eps = x.shape[-1], call.numbers.label_smoothing
     rows = x.shape[:-1]
     one = xp.ones(rows, dtype=x.dtype)
     s = one if call.sample_weight is None else xp.astype(call.sample_weight, x.dtype)
     w = xp.ones(n_classes, dtype=x.dtype) if call.weight is None else xp.astype(call.weight, x.dtype)
     uniform = xp.astype(kept, x.dtype) / xp.sum(xp.astype(kept, x.dtype), axis=-1, keepdims=True)
     removed = _removed(xp, call)
-    if call.target.ndim == call.logits.ndim:  # probabilities
-        q = xp.astype(xp.moveaxis(call.target, call.axis, -1), x.dtype)
+    if call.probabilities is not None:
+        q = xp.astype(xp.moveaxis(call.probabilities, call.axis, -1), x.dtype)
         a = w * ((1 - eps) * q + (eps * uniform if eps else 0.0))
         share, invalid = s, xp.zeros(rows, dtype=xp.bool)
     else:
-        onehot = _onehot(xp, call.target, n_classes)
+        onehot = _onehot(xp, call.labels, n_classes)
         own_weight = xp.sum(onehot * w, axis=-1)
         a = (1 - eps) * own_weight[..., None] * onehot + (eps * uniform * w if eps else 0.0)
         share, invalid = s * (one if call.weight is None else own_weight), ~xp.any(onehot > 0, axis=-1)
@@ -322,8 +320,8 @@ def _removed(xp: Any, call: Call) -> Array:
         removed = removed | (call.sample_weight == 0)
     if call.where is not None:
         removed = removed | ~xp.any(call.where, axis=call.axis)
-    if call.op != "distillation" and call.target.ndim < call.logits.ndim:
-        removed = removed | _equal(xp, call.target, call.ignore_index)
+    if call.labels is not None:
+        removed = removed | _equal(xp, call.labels, call.ignore_index)
     return removed
 
 
@@ -351,16 +349,20 @@ def _loss(call: Call) -> tuple[Array, Array | None, Array | None]:
     p, q, lse = rows.p, rows.q, rows.lse
 
     # A term with a = 0 is 0 whatever phi is: weight 0 and probability 0 silence even an infinity.
-    terms = (_times(xp, target.a, f) for f in PHI[call.phi](xp, rows.u, call.phi_param))
+    terms = (_times(xp, target.a, f) for f in PHI[call.loss](xp, rows.u, call.numbers.parameter))
     loss, grad, hess = _row_derivatives(xp, rows, *terms)
-    if call.z_loss:
-        s = call.z_loss if call.sample_weight is None else call.z_loss * xp.astype(call.sample_weight, x.dtype)
+    if call.numbers.z_loss:
+        s = (
+            call.numbers.z_loss
+            if call.sample_weight is None
+            else call.numbers.z_loss * xp.astype(call.sample_weight, x.dtype)
+        )
         loss = loss + s * lse * lse
         s, lse = (2 * s * xp.ones_like(lse))[..., None], lse[..., None]
         # lse last: it may be infinite, and where p is 0 nothing moves
         grad = grad + _times(xp, s * p, lse)
         hess = hess + s * p**2 + _times(xp, s * p * q, lse)
-    hess = (hess * slope if call.softcap is None else hess * slope + grad * bend) * slope
+    hess = (hess * slope if not call.numbers.softcap else hess * slope + grad * bend) * slope
     grad = grad * slope
 
     nan_row = xp.isnan(rows.u[..., 0])
@@ -413,10 +415,10 @@ def _distillation(call: Call) -> tuple[Array, Array | None, Array | None]:
     xp = namespace(call.logits)
     student = _logits(xp, call)
     dtype = student.dtype
-    if call.target.dtype == xp.float64:
+    if call.teacher.dtype == xp.float64:
         student = xp.astype(student, xp.float64)
     kept = xp.ones(student.shape, dtype=xp.bool) if call.where is None else xp.moveaxis(call.where, call.axis, -1)
-    teacher = xp.astype(xp.moveaxis(call.target, call.axis, -1), student.dtype)
+    teacher = xp.astype(xp.moveaxis(call.teacher, call.axis, -1), student.dtype)
     if call.teacher_indices is not None:  # -inf for the classes that the teacher does not have
         indices = xp.moveaxis(call.teacher_indices, call.axis, -1)
         known = _onehot(xp, indices, student.shape[-1]) > 0
@@ -435,7 +437,10 @@ def _distillation(call: Call) -> tuple[Array, Array | None, Array | None]:
     s = xp.ones_like(loss) if call.sample_weight is None else xp.astype(call.sample_weight, loss.dtype)
     removed = _removed(xp, call)
     loss = xp.where(removed, 0.0, xp.where(sick, math.nan, _times(xp, s, loss)))
-    grad, hess = s[..., None] * grad / call.temperature, s[..., None] * hess / call.temperature / call.temperature
+    grad, hess = (
+        s[..., None] * grad / call.numbers.temperature,
+        s[..., None] * hess / call.numbers.temperature / call.numbers.temperature,
+    )
     loss, *derivatives = _reduced(xp, call, loss, grad, hess, xp.where(removed, 0.0, s), removed[..., None])
     return xp.astype(loss, dtype), *derivatives
 
@@ -461,27 +466,27 @@ def _pair_derivatives(
     p, q, t = rows.p, rows.q, of_teacher.p
     x, y = rows.distance, of_teacher.distance
     nowhere = xp.isinf(x) & xp.isinf(y)
-    gap = xp.where(nowhere, 0.0, 2 * ((high + low) / call.temperature))
+    gap = xp.where(nowhere, 0.0, 2 * ((high + low) / call.numbers.temperature))
     excess = xp.where(gap > 0, -xp.exp(x) * xp.expm1(-gap), xp.exp(y) * xp.expm1(gap))
     ratio = xp.sum(excess, axis=-1, keepdims=True) / of_teacher.z
     apart = xp.where(xp.abs(ratio) < 0.5, xp.log1p(ratio), xp.log(rows.z / of_teacher.z))
     d = gap - apart
-    values, second = DIVERGENCES[call.phi](xp, p, t, d)
+    values, second = DIVERGENCES[call.loss](xp, p, t, d)
     loss = xp.sum(values, axis=-1)
-    if call.phi == "forward":
+    if call.loss == "forward":
         return loss, xp.where(d > 0, -p * xp.expm1(-d), t * xp.expm1(d)), p * q
     top = xp.argmax(xp.astype(rows.is_top, xp.int8), axis=-1, keepdims=True)
     gap_top, high_top, low_top = (xp.take_along_axis(a, top, axis=-1) for a in (gap, high, low))
     # less that of the top class, so that nothing common to all classes is rounded
-    first = xp.where(nowhere, 0.0, 2 * (((high - high_top) + (low - low_top)) / call.temperature))
-    if call.phi == "js":
+    first = xp.where(nowhere, 0.0, 2 * (((high - high_top) + (low - low_top)) / call.numbers.temperature))
+    if call.loss == "js":
         d_top, share_top = gap_top - apart, xp.take_along_axis(second, top, axis=-1)
         close = -xp.log1p(share_top * xp.expm1(xp.where(xp.abs(first) < 1, -first, 0.0)))
         first = xp.where(xp.abs(first) < 1, close, _softplus(xp, -d_top) - _softplus(xp, -d))
     e = first - xp.sum(_times(xp, p, first), axis=-1, keepdims=True)
-    if call.phi == "reverse":  # infinite where the teacher has nothing, and its neighbours with it
+    if call.loss == "reverse":  # infinite where the teacher has nothing, and its neighbours with it
         e = xp.where(xp.isinf(loss)[..., None], xp.where(t == 0, xp.full_like(t, math.inf), -math.inf), e)
-    scale = 0.5 if call.phi == "js" else 1.0
+    scale = 0.5 if call.loss == "js" else 1.0
     # p is near 1 for one class at most: its own share of the sum of p d2 is taken together with (1 - 2 p) d2
     others = _sum_of_others(xp, p * second, rows.is_top)
     hess = _times(xp, q - p, e) + q**2 * second + p * others
@@ -586,8 +591,8 @@ def _stats(call: Call) -> LogitStats:
     xp = namespace(call.logits)
     x = _logits(xp, call)
     rows = _softmax_rows(xp, x)
-    is_target = _onehot(xp, call.target, x.shape[-1]) > 0
-    known = xp.any(is_target, axis=-1) & ~_equal(xp, call.target, call.ignore_index)
+    is_target = _onehot(xp, call.labels, x.shape[-1]) > 0
+    known = xp.any(is_target, axis=-1) & ~_equal(xp, call.labels, call.ignore_index)
     target_logit = xp.where(known, xp.sum(xp.where(is_target, x, 0.0), axis=-1), math.nan)
     rank = xp.sum(xp.astype(x > target_logit[..., None], xp.int64), axis=-1)
     is_nan = xp.isnan(x)

@@ -17,9 +17,10 @@ import numpy as np
 
 from xce import _check as check
 from xce._backends._scan import in_float64, parts, widen
-from xce._call import Call, normalise_map
+from xce._call import Call, map_call
 from xce._check import Array
 from xce._dispatch import device_of, namespace, owner_of, placed, view, view_buffer
+from xce._options import checked
 
 __all__ = ["log_sum_exp", "transform"]
 
@@ -30,25 +31,23 @@ _ALIKE, _LEAST = 2.0**100, 2.0**-500
 _SHIFT = 600  # binary places by which those near an end of their range are moved to its middle
 
 
-def transform(op: str, x: Array, axis: Any, temperature: Any, where: Array, out: Array, n_threads: Any) -> Any:
+def transform(op: str, x: Array, axis: Any, out: Array | None, options: Any) -> Any:
     """Return softmax or log_softmax of `x` over any axes."""
-    owner, axis = owner_of(x, "x"), _one_axis(axis, x)
+    owner, axis, options = owner_of(x, "x"), _one_axis(axis, x), checked(op, options)
     if isinstance(axis, Integral):
-        call = normalise_map(owner, op, x, axis, temperature, where, out, n_threads)
+        call = map_call(owner, op, x, axis, options, out)
         return owner.wrap(owner.run(call))
-    return _over_axes(owner, x, op, axis, temperature, where, out, n_threads)
+    return _over_axes(owner, x, op, axis, options, out)
 
 
 @placed(1)
-def _over_axes(
-    owner: ModuleType, x: Array, op: str, axis: Any, temperature: Any, where: Array, out: Array, n_threads: Any
-) -> Any:
+def _over_axes(owner: ModuleType, x: Array, op: str, axis: Any, options: dict[str, Any], out: Array | None) -> Any:
     first = x
-    x, axes, kept = _checked(owner, first, axis, where)
+    x, axes, kept = _checked(owner, first, axis, options.get("where"))
     if out is not None:
         out = view_buffer(owner, first, out, "out", "x")
         check.buffers(x, "x", {"out": out}, {"where": kept})
-    call = _joined_call(op, x, axes, temperature, kept, n_threads)
+    call = _joined_call(op, x, axes, options | {"where": kept})
     result = _parted(owner.run(call), x.shape, axes)
     if out is None:
         return owner.wrap(result)
@@ -61,7 +60,7 @@ def log_sum_exp(x: Array, axis: Any, b: Array, keepdims: Any, return_sign: Any, 
     owner, axis = owner_of(x, "x"), _one_axis(axis, x)
     keepdims, return_sign = check.flag("keepdims", keepdims), check.flag("return_sign", return_sign)
     if isinstance(axis, Integral) and b is None:
-        call = normalise_map(owner, "logsumexp", x, axis, where=where, n_threads=n_threads)
+        call = map_call(owner, "logsumexp", x, axis, checked("softmax", {"where": where, "n_threads": n_threads}))
         lse = owner.run(call)
         return _lse_result(owner, lse, None, return_sign, (call.axis,) if keepdims else ())
     return _lse_over_axes(owner, x, axis, b, keepdims, return_sign, where, n_threads)
@@ -75,7 +74,8 @@ def _lse_over_axes(
     x, axes, kept = _checked(owner, first, axis, where)
     sign = None
     if b is None:
-        lse = owner.run(_joined_call("logsumexp", x, axes, 1.0, kept, n_threads))
+        options = checked("softmax", {"where": kept, "n_threads": n_threads})
+        lse = owner.run(_joined_call("logsumexp", x, axes, options))
     else:
         check.thread_count("n_threads", n_threads)
         if not math.prod(x.shape[axis] for axis in axes):
@@ -116,10 +116,11 @@ def _checked(owner: ModuleType, first: Array, axis: Any, where: Array) -> tuple[
     return x, axes, where
 
 
-def _joined_call(op: str, x: Array, axes: tuple[int, ...], temperature: Any, where: Array, n_threads: Any) -> Call:
+def _joined_call(op: str, x: Array, axes: tuple[int, ...], options: dict[str, Any]) -> Call:
     """Return the checked call over axes that are joined; the view of a caller's array has an owner of its own."""
-    x, where = _joined(x, axes), None if where is None else _joined(where, axes)
-    return normalise_map(owner_of(x, "x"), op, x, -1, temperature, where, None, n_threads)
+    x, where = _joined(x, axes), options.get("where")
+    joined = {"where": None if where is None else _joined(where, axes)}
+    return map_call(owner_of(x, "x"), op, x, -1, options | joined)
 
 
 def _joined(x: Array, axes: tuple[int, ...]) -> Array:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Unpack
 
 from xce import _check as check
-from xce._call import (
-    Array,
-    LogitStats,
-    finish,
-    finish_linear,
-    normalise,
-    normalise_distillation,
-    normalise_linear,
-)
+from xce._call import Array, LogitStats, divergence_call, finish, finish_linear, linear_call, row_call, row_loss
 from xce._dispatch import owner_of
-from xce._docs import documented_like
-from xce._elements import LABELS, SIGNS, logit_in_two_parts, normalise_elements
+from xce._elements import SIGNS, ElementLoss, element_loss, logit_in_two_parts
+from xce._options import (
+    CrossEntropyOptions,
+    DistillationOptions,
+    ElementOptions,
+    ElementOutputs,
+    LinearOptions,
+    MapOptions,
+    NllOptions,
+    Reduction,
+    StatsOptions,
+    checked,
+    takes,
+)
 from xce._transforms import log_sum_exp, transform
 
 __all__ = [
@@ -27,29 +31,12 @@ __all__ = [
     "soft_margin_loss", "softmax",
 ]  # fmt: skip
 
-Reduction: TypeAlias = Literal["mean", "sum", "none"]
 
-
+@takes(CrossEntropyOptions)
 def cross_entropy(
     logits: Array,
     target: Array | int,
-    *,
-    weight: Array | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    where: Array | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    z_loss: float = 0.0,
-    axis: int = -1,
-    reduction: Reduction = "mean",
-    sample_weight: Array | None = None,
-    return_grad: bool = False,
-    return_hess: bool = False,
-    grad_out: Array | None = None,
-    hess_out: Array | None = None,
-    n_threads: int | None = None,
-    validate: bool = True,
+    **options: Unpack[CrossEntropyOptions],
 ) -> Any:
     r"""Cross-entropy between logits and class indices or probabilities, with derivatives on demand.
 
@@ -73,45 +60,6 @@ def cross_entropy(
         Class indices: integers, or floats that are whole numbers, of the shape of `logits` without `axis` (an
         int will do for logits of shape (C,)). Or probabilities: any floating dtype, the shape of `logits`, not
         negative; rows need not sum to 1.
-    weight : array of shape (C,), optional
-        Class weights: floating, integer or bool, finite and not negative.
-    ignore_index : int, default -100
-        Rows with this label count nothing and are not read: loss and derivatives are exactly 0. Any int64,
-        also a class. Without effect on probabilities.
-    label_smoothing : float, default 0.0
-        The share of the target, in [0, 1], that is spread evenly over the classes.
-    where : array of bool, broadcastable to the shape of `logits`, optional
-        False removes a class: it gets probability and gradient 0 and no share of the smoothing, and its logit
-        is not read. A target there makes the loss infinite. A row that is left without a class counts nowhere, as
-        with a sample weight of 0.
-    temperature : float, default 1.0
-        The logits are divided by it, after `softcap`. The derivatives are those by the raw logits.
-    softcap : float, optional
-        Replaces the logits by ``softcap * tanh(logits / softcap)``; -inf stays -inf.
-    z_loss : float, default 0.0
-        Adds ``z_loss * lse**2`` to the loss of a row, with `lse` the log-sum-exp of its logits as
-        transformed. The sample weight multiplies it, the class weights do not.
-    axis : int, default -1
-        The class axis.
-    reduction : {"mean", "sum", "none"}, default "mean"
-        "none" returns the loss of every row. "mean" divides the sum, and the derivatives, by the number of
-        rows not ignored; with class weights and class indices by the sum of ``weight[target]``; with sample
-        weights by the sum over rows of the sample weight times that. A mean over weights that sum to 0 is
-        NaN, and so are the derivatives of the rows that count, unless there are none.
-    sample_weight : array or number, optional
-        Row weights of any sign: floating, integer or bool, finite, broadcastable to the shape of
-        `logits` without `axis`. A weight of 0 removes its row, whatever that holds: loss and derivatives are 0, and
-        nothing there is checked.
-    return_grad, return_hess : bool, default False
-        Also return the gradient, and the diagonal of the Hessian, of each row's reduced loss by its logits.
-    grad_out, hess_out : array, optional
-        Arrays of the shape and dtype of `logits` to write the derivatives to. ``grad_out=logits`` overwrites
-        the logits; any other shared memory is an error.
-    n_threads : int, optional
-        Upper bound on the number of threads. The result does not depend on it.
-    validate : bool, default True
-        False skips the checks that read the data: labels, probabilities and weights. A bad label then makes
-        its row NaN, and a call on a GPU waits for nothing.
 
     Returns
     -------
@@ -164,39 +112,16 @@ def cross_entropy(
         ...
     xce.LabelError: target[1] = 3 is out of range: labels of 3 classes are 0..2, or ignore_index=-100
     """
-    owner = owner_of(logits, "logits")
-    # fmt: off
-    call = normalise(
-        owner, "loss", "cross_entropy", 0.0, logits, axis, target, weight, sample_weight, where, ignore_index,
-        label_smoothing, temperature, softcap, z_loss, reduction, return_grad, return_hess, grad_out,
-        hess_out, n_threads, validate,
-    )
-    # fmt: on
-    return finish(owner, call, owner.run(call))
+    return row_loss("cross_entropy", 0.0, logits, target, options)
 
 
-@documented_like(cross_entropy)
+@takes(CrossEntropyOptions, like=cross_entropy)
 def focal_loss(
     logits: Array,
     target: Array | int,
     *,
     gamma: float = 2.0,
-    weight: Array | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    where: Array | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    z_loss: float = 0.0,
-    axis: int = -1,
-    reduction: Reduction = "mean",
-    sample_weight: Array | None = None,
-    return_grad: bool = False,
-    return_hess: bool = False,
-    grad_out: Array | None = None,
-    hess_out: Array | None = None,
-    n_threads: int | None = None,
-    validate: bool = True,
+    **options: Unpack[CrossEntropyOptions],
 ) -> Any:
     r"""Softmax focal loss: cross-entropy that counts examples less the better they are classified.
 
@@ -224,39 +149,16 @@ def focal_loss(
     >>> print(f"{xce.focal_loss(logits, np.array([0, 2]), gamma=2.0):.6f}")
     0.266975
     """
-    owner, gamma = owner_of(logits, "logits"), check.real("gamma", gamma)
-    # fmt: off
-    call = normalise(
-        owner, "loss", "focal_loss", gamma, logits, axis, target, weight, sample_weight, where, ignore_index,
-        label_smoothing, temperature, softcap, z_loss, reduction, return_grad, return_hess, grad_out,
-        hess_out, n_threads, validate,
-    )
-    # fmt: on
-    return finish(owner, call, owner.run(call))
+    return row_loss("focal_loss", check.real("gamma", gamma), logits, target, options)
 
 
-@documented_like(cross_entropy)
+@takes(CrossEntropyOptions, like=cross_entropy)
 def poly_loss(
     logits: Array,
     target: Array | int,
     *,
     epsilon: float = 1.0,
-    weight: Array | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    where: Array | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    z_loss: float = 0.0,
-    axis: int = -1,
-    reduction: Reduction = "mean",
-    sample_weight: Array | None = None,
-    return_grad: bool = False,
-    return_hess: bool = False,
-    grad_out: Array | None = None,
-    hess_out: Array | None = None,
-    n_threads: int | None = None,
-    validate: bool = True,
+    **options: Unpack[CrossEntropyOptions],
 ) -> Any:
     r"""Poly-1 loss: cross-entropy with a weight of its own on the first term of its expansion.
 
@@ -282,39 +184,16 @@ def poly_loss(
     >>> print(f"{xce.poly_loss(logits, np.array([0, 2]), epsilon=1.0):.6f}")
     1.253822
     """
-    owner, epsilon = owner_of(logits, "logits"), check.real("epsilon", epsilon)
-    # fmt: off
-    call = normalise(
-        owner, "loss", "poly_loss", epsilon, logits, axis, target, weight, sample_weight, where, ignore_index,
-        label_smoothing, temperature, softcap, z_loss, reduction, return_grad, return_hess, grad_out,
-        hess_out, n_threads, validate,
-    )
-    # fmt: on
-    return finish(owner, call, owner.run(call))
+    return row_loss("poly_loss", check.real("epsilon", epsilon, check.ANY_FINITE), logits, target, options)
 
 
-@documented_like(cross_entropy)
+@takes(CrossEntropyOptions, like=cross_entropy)
 def generalized_cross_entropy(
     logits: Array,
     target: Array | int,
     *,
     q: float = 0.7,
-    weight: Array | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    where: Array | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    z_loss: float = 0.0,
-    axis: int = -1,
-    reduction: Reduction = "mean",
-    sample_weight: Array | None = None,
-    return_grad: bool = False,
-    return_hess: bool = False,
-    grad_out: Array | None = None,
-    hess_out: Array | None = None,
-    n_threads: int | None = None,
-    validate: bool = True,
+    **options: Unpack[CrossEntropyOptions],
 ) -> Any:
     r"""Generalized cross-entropy: between cross-entropy and mean absolute error, robust against wrong labels.
 
@@ -343,33 +222,14 @@ def generalized_cross_entropy(
     >>> print(f"{xce.generalized_cross_entropy(logits, np.array([0, 2]), q=0.7):.6f}")
     0.560547
     """
-    owner, q = owner_of(logits, "logits"), check.real("q", q)
-    # fmt: off
-    call = normalise(
-        owner, "loss", "generalized_cross_entropy", q, logits, axis, target, weight, sample_weight, where, ignore_index,
-        label_smoothing, temperature, softcap, z_loss, reduction, return_grad, return_hess, grad_out,
-        hess_out, n_threads, validate,
-    )
-    # fmt: on
-    return finish(owner, call, owner.run(call))
+    return row_loss("generalized_cross_entropy", check.real("q", q, check.UNIT), logits, target, options)
 
 
-@documented_like(cross_entropy)
+@takes(NllOptions, like=cross_entropy)
 def nll_loss(
     log_probs: Array,
     target: Array | int,
-    *,
-    weight: Array | None = None,
-    ignore_index: int = -100,
-    axis: int = -1,
-    reduction: Reduction = "mean",
-    sample_weight: Array | None = None,
-    return_grad: bool = False,
-    return_hess: bool = False,
-    grad_out: Array | None = None,
-    hess_out: Array | None = None,
-    n_threads: int | None = None,
-    validate: bool = True,
+    **options: Unpack[NllOptions],
 ) -> Any:
     r"""Negative log-likelihood of class indices, given log-probabilities.
 
@@ -417,35 +277,17 @@ def nll_loss(
     >>> print(f"{xce.nll_loss(log_probs, np.array([0, 2])):.6f}")
     0.458145
     """
-    owner = owner_of(log_probs, "log_probs")
-    # fmt: off
-    call = normalise(
-        owner, "nll", "cross_entropy", 0.0, log_probs, axis, target, weight, sample_weight, ignore_index=ignore_index,
-        reduction=reduction, return_grad=return_grad, return_hess=return_hess, grad_out=grad_out, hess_out=hess_out,
-        n_threads=n_threads, validate=validate, name="log_probs",
-    )
-    # fmt: on
-    return finish(owner, call, owner.run(call))
+    return row_loss("nll_loss", 0.0, log_probs, target, options, op="nll", name="log_probs")
 
 
-@documented_like(cross_entropy)
+@takes(DistillationOptions, like=cross_entropy)
 def distillation_loss(
     student_logits: Array,
     teacher_logits: Array,
     *,
     teacher_indices: Array | None = None,
-    temperature: float = 1.0,
     divergence: Literal["forward", "reverse", "js"] = "forward",
-    axis: int = -1,
-    reduction: Reduction = "mean",
-    sample_weight: Array | None = None,
-    where: Array | None = None,
-    return_grad: bool = False,
-    return_hess: bool = False,
-    grad_out: Array | None = None,
-    hess_out: Array | None = None,
-    n_threads: int | None = None,
-    validate: bool = True,
+    **options: Unpack[DistillationOptions],
 ) -> Any:
     r"""Divergence between the softmax of a student's and of a teacher's logits, and derivatives by the student's.
 
@@ -534,14 +376,25 @@ def distillation_loss(
     >>> print(np.round(grad, 4))
     [[ 0.0569 -0.0416 -0.0153]]
     """
-    owner = owner_of(student_logits, "student_logits")
-    call = normalise_distillation(
-        owner, divergence, student_logits, teacher_logits, teacher_indices, axis, temperature, reduction,
-        sample_weight, where, return_grad, return_hess, grad_out, hess_out, n_threads, validate,
-    )  # fmt: skip
+    owner, checked_options = owner_of(student_logits, "student_logits"), checked("distillation_loss", options)
+    call = divergence_call(owner, student_logits, teacher_logits, teacher_indices, divergence, checked_options)
     return finish(owner, call, owner.run(call))
 
 
+_BINARY = ElementLoss("binary_cross_entropy_with_logits", "binary_cross_entropy_with_logits")
+_MULTILABEL = _BINARY._replace(function="multilabel_soft_margin_loss")
+_BINARY_OF_PROBS = ElementLoss("binary_cross_entropy", "binary_cross_entropy", name="probs", range=check.UNIT_INTERVAL)
+_SIGMOID_FOCAL = ElementLoss("sigmoid_focal_loss", "sigmoid_focal_loss", factors=("weight", "alpha"))
+_ASYMMETRIC = ElementLoss("asymmetric_loss", "asymmetric_loss")
+_SOFT_MARGIN = ElementLoss("soft_margin_loss", "soft_margin_loss", kinds=SIGNS, target_range=None)
+_KL_DIV = ElementLoss(
+    "kl_div", "kl_div", name="log_probs", kinds=check.FLOATS, target_range=check.NOT_NEGATIVE,
+    reductions=(*check.REDUCTIONS, "batchmean"),
+)  # fmt: skip
+_KL_DIV_LOG = _KL_DIV._replace(formula="kl_div_log_target", target_range=None)
+
+
+@takes(ElementOptions)
 def binary_cross_entropy_with_logits(
     logits: Array,
     target: Array,
@@ -549,14 +402,7 @@ def binary_cross_entropy_with_logits(
     weight: Array | float | None = None,
     pos_weight: Array | float | None = None,
     label_smoothing: float = 0.0,
-    reduction: Reduction = "mean",
-    sample_weight: Array | float | None = None,
-    return_grad: bool = False,
-    return_hess: bool = False,
-    grad_out: Array | None = None,
-    hess_out: Array | None = None,
-    n_threads: int | None = None,
-    validate: bool = True,
+    **options: Unpack[ElementOptions],
 ) -> Any:
     r"""Binary cross-entropy between logits and targets, element by element, with derivatives on demand.
 
@@ -583,22 +429,6 @@ def binary_cross_entropy_with_logits(
         for logits of shape (N, C), one for each class.
     label_smoothing : float, default 0.0
         The share of the target, in [0, 1], that is spread evenly over both answers.
-    reduction : {"mean", "sum", "none"}, default "mean"
-        "none" returns the loss of every element. "mean" divides the sum, and the derivatives, by the number of
-        elements or, with sample weights, by the sum of those.
-    sample_weight : array of bool, integers or floats, or one number, optional
-        Factors of the elements that "mean" counts, finite and of any sign, broadcastable to the shape of `logits`.
-        A factor of 0 removes its element, whatever logits and target hold there, from the denominator as well.
-    return_grad, return_hess : bool, default False
-        Also return the first and the second derivative of each element's reduced loss by the first argument.
-    grad_out, hess_out : array, optional
-        Arrays of the shape and dtype of the first argument to write the derivatives to. `grad_out` may be the
-        first argument itself, which it then overwrites; any other shared memory is an error.
-    n_threads : int, optional
-        Upper bound on the number of threads. The result does not depend on it.
-    validate : bool, default True
-        False skips the checks that read the data: targets and weights. Elements that a weight of 0 removes are never
-        checked.
 
     Returns
     -------
@@ -641,35 +471,19 @@ def binary_cross_entropy_with_logits(
         ...
     ValueError: target[2] = 2 is not allowed: expected targets between 0 and 1
     """
-    smoothing = check.real("label_smoothing", label_smoothing)
+    smoothing = check.real("label_smoothing", label_smoothing, check.UNIT)
     params = 1 - smoothing, smoothing / 2
-    owner = owner_of(logits, "logits")
-    # fmt: off
-    call = normalise_elements(
-        owner, "binary_cross_entropy_with_logits", params, logits, "logits", target, LABELS,
-        target_range=check.BETWEEN_0_AND_1, weight=weight, pos_weight=pos_weight,
-        sample_weight=sample_weight, reduction=reduction, return_grad=return_grad, return_hess=return_hess,
-        grad_out=grad_out, hess_out=hess_out, n_threads=n_threads, validate=validate,
-    )
-    # fmt: on
-    return finish(owner, call, owner.run(call))
+    return element_loss(_BINARY, params, logits, target, options, (weight, pos_weight))
 
 
-@documented_like(binary_cross_entropy_with_logits)
+@takes(ElementOptions, like=binary_cross_entropy_with_logits)
 def binary_cross_entropy(
     probs: Array,
     target: Array,
     *,
     weight: Array | float | None = None,
     log_clamp: float | None = -100.0,
-    reduction: Reduction = "mean",
-    sample_weight: Array | float | None = None,
-    return_grad: bool = False,
-    return_hess: bool = False,
-    grad_out: Array | None = None,
-    hess_out: Array | None = None,
-    n_threads: int | None = None,
-    validate: bool = True,
+    **options: Unpack[ElementOptions],
 ) -> Any:
     r"""Binary cross-entropy between probabilities and targets, element by element.
 
@@ -717,20 +531,12 @@ def binary_cross_entropy(
         ...
     ValueError: probs[1] = 1.2 is not allowed: expected probabilities between 0 and 1
     """
-    params = (-math.inf if log_clamp is None else check.real("log_clamp", log_clamp),)
-    owner = owner_of(probs, "probs")
-    # fmt: off
-    call = normalise_elements(
-        owner, "binary_cross_entropy", params, probs, "probs", target, LABELS,
-        x_range=check.UNIT_INTERVAL, target_range=check.BETWEEN_0_AND_1, weight=weight,
-        sample_weight=sample_weight, reduction=reduction, return_grad=return_grad, return_hess=return_hess,
-        grad_out=grad_out, hess_out=hess_out, n_threads=n_threads, validate=validate,
-    )
-    # fmt: on
-    return finish(owner, call, owner.run(call))
+    clamp = check.real("log_clamp", log_clamp, check.AT_MOST_0, or_none=True)
+    params = (-math.inf if clamp is None else clamp,)
+    return element_loss(_BINARY_OF_PROBS, params, probs, target, options, (weight, None))
 
 
-@documented_like(binary_cross_entropy_with_logits)
+@takes(ElementOutputs, like=binary_cross_entropy_with_logits)
 def sigmoid_focal_loss(
     logits: Array,
     target: Array,
@@ -738,13 +544,7 @@ def sigmoid_focal_loss(
     alpha: Array | float | None = 0.25,
     gamma: float = 2.0,
     reduction: Reduction = "none",
-    sample_weight: Array | float | None = None,
-    return_grad: bool = False,
-    return_hess: bool = False,
-    grad_out: Array | None = None,
-    hess_out: Array | None = None,
-    n_threads: int | None = None,
-    validate: bool = True,
+    **options: Unpack[ElementOutputs],
 ) -> Any:
     r"""Sigmoid focal loss: binary cross-entropy that counts elements less the better they are classified.
 
@@ -781,22 +581,14 @@ def sigmoid_focal_loss(
     """
     alpha = check.unboxed("alpha", alpha)
     is_number = alpha is None or isinstance(alpha, int | float)
-    share = (-1.0 if alpha is None else check.real("alpha", alpha)) if is_number else 0.0
+    share = (-1.0 if alpha is None else check.real("alpha", alpha, check.ALPHA)) if is_number else 0.0
     # gamma, alpha or -1 where each class has its own, and whether there is one
     params = check.real("gamma", gamma), max(share, 0.0) if is_number else -1.0, float(share >= 0)
-    owner = owner_of(logits, "logits")
-    # fmt: off
-    call = normalise_elements(
-        owner, "sigmoid_focal_loss", params, logits, "logits", target, LABELS,
-        target_range=check.BETWEEN_0_AND_1, pos_weight=None if is_number else alpha, pos_weight_name="alpha",
-        sample_weight=sample_weight, reduction=reduction, return_grad=return_grad, return_hess=return_hess,
-        grad_out=grad_out, hess_out=hess_out, n_threads=n_threads, validate=validate,
-    )
-    # fmt: on
-    return finish(owner, call, owner.run(call))
+    factors = None, None if is_number else alpha
+    return element_loss(_SIGMOID_FOCAL, params, logits, target, options, factors, reduction=reduction)
 
 
-@documented_like(binary_cross_entropy_with_logits)
+@takes(ElementOptions, like=binary_cross_entropy_with_logits)
 def asymmetric_loss(
     logits: Array,
     target: Array,
@@ -804,14 +596,7 @@ def asymmetric_loss(
     gamma_pos: float = 0.0,
     gamma_neg: float = 4.0,
     clip: float = 0.05,
-    reduction: Reduction = "mean",
-    sample_weight: Array | float | None = None,
-    return_grad: bool = False,
-    return_hess: bool = False,
-    grad_out: Array | None = None,
-    hess_out: Array | None = None,
-    n_threads: int | None = None,
-    validate: bool = True,
+    **options: Unpack[ElementOptions],
 ) -> Any:
     r"""Asymmetric loss for many labels of which few are positive.
 
@@ -848,33 +633,17 @@ def asymmetric_loss(
     >>> print(np.round(loss, 4))
     [0.1269 0.0913 0.6931]
     """
-    gammas, clip = (check.real("gamma_pos", gamma_pos), check.real("gamma_neg", gamma_neg)), check.real("clip", clip)
+    gammas = check.real("gamma_pos", gamma_pos), check.real("gamma_neg", gamma_neg)
+    clip = check.real("clip", clip, check.BELOW_1)
     params = (*gammas, clip, *(logit_in_two_parts(clip) if clip else (0.0, 0.0)))
-    owner = owner_of(logits, "logits")
-    # fmt: off
-    call = normalise_elements(
-        owner, "asymmetric_loss", params, logits, "logits", target, LABELS,
-        target_range=check.BETWEEN_0_AND_1,
-        sample_weight=sample_weight, reduction=reduction, return_grad=return_grad, return_hess=return_hess,
-        grad_out=grad_out, hess_out=hess_out, n_threads=n_threads, validate=validate,
-    )
-    # fmt: on
-    return finish(owner, call, owner.run(call))
+    return element_loss(_ASYMMETRIC, params, logits, target, options)
 
 
-@documented_like(binary_cross_entropy_with_logits)
+@takes(ElementOptions, like=binary_cross_entropy_with_logits)
 def soft_margin_loss(
     logits: Array,
     target: Array,
-    *,
-    reduction: Reduction = "mean",
-    sample_weight: Array | float | None = None,
-    return_grad: bool = False,
-    return_hess: bool = False,
-    grad_out: Array | None = None,
-    hess_out: Array | None = None,
-    n_threads: int | None = None,
-    validate: bool = True,
+    **options: Unpack[ElementOptions],
 ) -> Any:
     r"""Logistic loss of targets -1 and 1.
 
@@ -899,32 +668,17 @@ def soft_margin_loss(
     >>> print(f"{xce.soft_margin_loss(np.array([2.0, -1.0, 0.0]), np.array([1, -1, 1])):.6f}")
     0.377779
     """
-    owner = owner_of(logits, "logits")
-    # fmt: off
-    call = normalise_elements(
-        owner, "soft_margin_loss", (), logits, "logits", target, SIGNS,
-        sample_weight=sample_weight, reduction=reduction, return_grad=return_grad, return_hess=return_hess,
-        grad_out=grad_out, hess_out=hess_out, n_threads=n_threads, validate=validate,
-    )
-    # fmt: on
-    return finish(owner, call, owner.run(call))
+    return element_loss(_SOFT_MARGIN, (), logits, target, options)
 
 
-@documented_like(binary_cross_entropy_with_logits)
+@takes(ElementOptions, like=binary_cross_entropy_with_logits)
 def multilabel_soft_margin_loss(
     logits: Array,
     target: Array,
     *,
     weight: Array | None = None,
     axis: int = -1,
-    reduction: Reduction = "mean",
-    sample_weight: Array | float | None = None,
-    return_grad: bool = False,
-    return_hess: bool = False,
-    grad_out: Array | None = None,
-    hess_out: Array | None = None,
-    n_threads: int | None = None,
-    validate: bool = True,
+    **options: Unpack[ElementOptions],
 ) -> Any:
     r"""Binary cross-entropy of several labels a sample, averaged over the classes.
 
@@ -957,32 +711,17 @@ def multilabel_soft_margin_loss(
     >>> print(f"{xce.multilabel_soft_margin_loss(logits, target):.6f}")
     0.377779
     """
-    owner = owner_of(logits, "logits")
-    # fmt: off
-    call = normalise_elements(
-        owner, "binary_cross_entropy_with_logits", (1.0, 0.0), logits, "logits", target, LABELS,
-        target_range=check.BETWEEN_0_AND_1, weight=weight, axis=axis,
-        sample_weight=sample_weight, reduction=reduction, return_grad=return_grad, return_hess=return_hess,
-        grad_out=grad_out, hess_out=hess_out, n_threads=n_threads, validate=validate,
-    )
-    # fmt: on
-    return finish(owner, call, owner.run(call))
+    return element_loss(_MULTILABEL, (1.0, 0.0), logits, target, options, (weight, None), axis)
 
 
-@documented_like(binary_cross_entropy_with_logits)
+@takes(ElementOutputs, like=binary_cross_entropy_with_logits)
 def kl_div(
     log_probs: Array,
     target: Array,
     *,
     log_target: bool = False,
     reduction: Literal["mean", "batchmean", "sum", "none"] = "mean",
-    sample_weight: Array | float | None = None,
-    return_grad: bool = False,
-    return_hess: bool = False,
-    grad_out: Array | None = None,
-    hess_out: Array | None = None,
-    n_threads: int | None = None,
-    validate: bool = True,
+    **options: Unpack[ElementOutputs],
 ) -> Any:
     r"""Terms of the Kullback-Leibler divergence, element by element, given log-probabilities.
 
@@ -1026,28 +765,17 @@ def kl_div(
     >>> print(f"{xce.kl_div(log_probs, target, reduction='batchmean'):.6f}")
     0.255413
     """
-    log_target = check.flag("log_target", log_target)
-    formula, target_range = ("kl_div_log_target", None) if log_target else ("kl_div", check.NOT_NEGATIVE)
-    owner = owner_of(log_probs, "log_probs")
-    # fmt: off
-    call = normalise_elements(
-        owner, formula, (), log_probs, "log_probs", target, check.FLOATS,
-        target_range=target_range, reductions=(*check.REDUCTIONS, "batchmean"),
-        sample_weight=sample_weight, reduction=reduction, return_grad=return_grad, return_hess=return_hess,
-        grad_out=grad_out, hess_out=hess_out, n_threads=n_threads, validate=validate,
-    )
-    # fmt: on
-    return finish(owner, call, owner.run(call))
+    loss = _KL_DIV_LOG if check.flag("log_target", log_target) else _KL_DIV
+    return element_loss(loss, (), log_probs, target, options, reduction=reduction)
 
 
+@takes(MapOptions)
 def softmax(
     x: Array,
     axis: int | tuple[int, ...] | None = -1,
     *,
-    temperature: float = 1.0,
-    where: Array | None = None,
     out: Array | None = None,
-    n_threads: int | None = None,
+    **options: Unpack[MapOptions],
 ) -> Any:
     r"""Softmax, the probabilities of logits.
 
@@ -1065,8 +793,6 @@ def softmax(
         Broadcast to `x`; False removes a class from its row, whatever it holds.
     out : array of the shape and dtype of `x`, optional
         Array to write the result to. It may be `x` itself.
-    n_threads : int, optional
-        Upper bound on the number of threads. The result does not depend on it.
 
     Returns
     -------
@@ -1098,17 +824,16 @@ def softmax(
     >>> print(np.round(xce.softmax(np.array([2.0, 1.0, 0.0])), 4))
     [0.6652 0.2447 0.09  ]
     """
-    return transform("softmax", x, axis, temperature, where, out, n_threads)
+    return transform("softmax", x, axis, out, options)
 
 
+@takes(MapOptions)
 def log_softmax(
     x: Array,
     axis: int | tuple[int, ...] | None = -1,
     *,
-    temperature: float = 1.0,
-    where: Array | None = None,
     out: Array | None = None,
-    n_threads: int | None = None,
+    **options: Unpack[MapOptions],
 ) -> Any:
     r"""Logarithm of the softmax, without its underflow.
 
@@ -1126,8 +851,6 @@ def log_softmax(
         Broadcast to `x`; False removes a class from its row, whatever it holds.
     out : array of the shape and dtype of `x`, optional
         Array to write the result to. It may be `x` itself.
-    n_threads : int, optional
-        Upper bound on the number of threads. The result does not depend on it.
 
     Returns
     -------
@@ -1159,7 +882,7 @@ def log_softmax(
     >>> print(np.round(xce.log_softmax(np.array([1000.0, 0.0])), 4))
     [    0. -1000.]
     """
-    return transform("log_softmax", x, axis, temperature, where, out, n_threads)
+    return transform("log_softmax", x, axis, out, options)
 
 
 def logsumexp(
@@ -1230,14 +953,11 @@ def logsumexp(
     return log_sum_exp(x, axis, b, keepdims, return_sign, where, n_threads)
 
 
+@takes(StatsOptions)
 def logit_stats(
     logits: Array,
     target: Array | int,
-    *,
-    axis: int = -1,
-    ignore_index: int = -100,
-    n_threads: int | None = None,
-    validate: bool = True,
+    **options: Unpack[StatsOptions],
 ) -> LogitStats:
     r"""Row statistics of logits that metrics are made of, in one pass.
 
@@ -1252,12 +972,8 @@ def logit_stats(
         Unnormalised log-probabilities in nats. 16-bit logits are computed in float32.
     target : array of integers, or of floats that are whole numbers, or int
         Class indices, of the shape of `logits` without `axis`.
-    axis : int, default -1
-        The class axis.
     ignore_index : int, default -100
         Rows with this label have target logit NaN and rank -1; their other statistics are those of any row.
-    n_threads : int, optional
-        Upper bound on the number of threads. The result does not depend on it.
     validate : bool, default True
         False skips the check of the labels; a row with a bad label is then treated as ignored.
 
@@ -1295,16 +1011,12 @@ def logit_stats(
     >>> print(stats.argmax, stats.rank, np.round(stats.entropy, 4))
     [0 1] [0 1] [0.8324 0.5243]
     """
-    owner = owner_of(logits, "logits")
-    # fmt: off
-    call = normalise(
-        owner, "stats", "", 0.0, logits, axis, target, ignore_index=ignore_index, n_threads=n_threads,
-        validate=validate,
-    )
-    # fmt: on
+    owner, checked_options = owner_of(logits, "logits"), checked("logit_stats", options)
+    call = row_call(owner, "stats", "", 0.0, logits, target, checked_options)
     return LogitStats(*map(owner.wrap, owner.run(call)))
 
 
+@takes(LinearOptions)
 def linear_cross_entropy(
     inputs: Array,
     linear_weight: Array,
@@ -1312,19 +1024,7 @@ def linear_cross_entropy(
     *,
     linear_bias: Array | None = None,
     chunk_rows: int | None = None,
-    weight: Array | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    where: Array | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    z_loss: float = 0.0,
-    reduction: Reduction = "mean",
-    sample_weight: Array | None = None,
-    return_grad: bool = False,
-    grad_out: tuple[Array | None, Array | None, Array | None] | None = None,
-    n_threads: int | None = None,
-    validate: bool = True,
+    **options: Unpack[LinearOptions],
 ) -> Any:
     r"""Cross-entropy of a linear layer's logits, which are never in memory all at once.
 
@@ -1360,15 +1060,11 @@ def linear_cross_entropy(
     ignore_index : int, default -100
         Rows with this label count nothing, and nothing is computed for them. Any int64, also a class. Without
         effect on probabilities.
-    label_smoothing : float, default 0.0
-        The share of the target, in [0, 1], that is spread evenly over the classes.
     where : array of bool, broadcastable to (..., C), optional
         False removes a class: its logit gets probability and gradient 0 and no share of the smoothing. A row
         that is left without a class counts nowhere.
     temperature : float, default 1.0
         The logits are divided by it, after `softcap`.
-    softcap : float, optional
-        Replaces the logits by ``softcap * tanh(logits / softcap)``; -inf stays -inf.
     z_loss : float, default 0.0
         Adds ``z_loss * lse**2`` to the loss of a row, as in `cross_entropy`.
     reduction : {"mean", "sum", "none"}, default "mean"
@@ -1440,10 +1136,6 @@ def linear_cross_entropy(
      [-0.0333  0.1384]
      [ 0.0689  0.0638]] None
     """
-    owner = owner_of(inputs, "inputs")
-    call = normalise_linear(
-        owner, inputs, linear_weight, target, linear_bias, chunk_rows, weight, sample_weight, where, grad_out,
-        ignore_index=ignore_index, label_smoothing=label_smoothing, temperature=temperature, softcap=softcap,
-        z_loss=z_loss, reduction=reduction, return_grad=return_grad, n_threads=n_threads, validate=validate,
-    )  # fmt: skip
+    owner, checked_options = owner_of(inputs, "inputs"), checked("linear_cross_entropy", options)
+    call = linear_call(owner, inputs, linear_weight, target, linear_bias, chunk_rows, checked_options)
     return finish_linear(owner, call, owner.run_linear(call))

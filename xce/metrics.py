@@ -7,15 +7,15 @@ import math
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from xce import _check as check
 from xce._backends._scan import BFLOAT16, is_label, parts, widen
-from xce._call import Array, Call, normalise
+from xce._call import Array, Call, row_call
 from xce._dispatch import device_of, namespace, owner_of, placed
-from xce._docs import documented_like
+from xce._options import MetricOptions, checked, takes
 from xce.losses import cross_entropy, logit_stats
 
 __all__ = ["brier_score", "log_loss", "perplexity", "top_k_accuracy"]
@@ -25,16 +25,11 @@ _NUMBERS = 1 << 14  # of log_loss that are computed on at a time
 _TIES = 1 << 16  # logits that are compared at a time
 
 
-@documented_like(cross_entropy)
+@takes(MetricOptions, like=cross_entropy)
 def perplexity(
     logits: Array,
     target: Array | int,
-    *,
-    ignore_index: int = -100,
-    axis: int = -1,
-    sample_weight: Array | None = None,
-    n_threads: int | None = None,
-    validate: bool = True,
+    **options: Unpack[MetricOptions],
 ) -> Any:
     r"""Perplexity of class indices, the exponential of their mean cross-entropy.
 
@@ -81,24 +76,20 @@ def perplexity(
     50.0000
     """
     owner = owner_of(logits, "logits")
-    call = _of_labels(owner, logits, target, axis, sample_weight, ignore_index, n_threads, validate)
-    loss, _, _ = owner.run(call._replace(op="loss", phi="cross_entropy", reduction="mean"))
+    call = _of_labels(owner, "perplexity", logits, target, options)
+    loss, _, _ = owner.run(call._replace(op="loss", loss="cross_entropy", reduction="mean"))
     loss = owner.wrap(loss)
     with np.errstate(all="ignore"):
         return np.exp(loss) if isinstance(loss, np.generic) else namespace(loss).exp(loss)
 
 
-@documented_like(logit_stats)
+@takes(MetricOptions, like=logit_stats)
 def top_k_accuracy(
     logits: Array,
     target: Array | int,
     *,
     k: int = 1,
-    ignore_index: int = -100,
-    axis: int = -1,
-    sample_weight: Array | None = None,
-    n_threads: int | None = None,
-    validate: bool = True,
+    **options: Unpack[MetricOptions],
 ) -> float:
     r"""Fraction of rows whose target is among the k classes with the largest logits.
 
@@ -152,7 +143,7 @@ def top_k_accuracy(
     (0.5, 1.0)
     """
     owner, k = owner_of(logits, "logits"), check.count("k", k)
-    call = _of_labels(owner, logits, target, axis, sample_weight, ignore_index, n_threads, validate)
+    call = _of_labels(owner, "top_k_accuracy", logits, target, options)
     return _mean_of_rows(owner, logits, call, _Hits(k))
 
 
@@ -170,7 +161,7 @@ class _Hits:
             before = before + self._ties(xp, call, stats)
             is_hit = before < self.k
         else:
-            is_hit = stats.argmax == xp.astype(call.target, xp.int64)
+            is_hit = stats.argmax == xp.astype(call.labels, xp.int64)
         return xp.astype((stats.rank >= 0) & is_hit, xp.float64)
 
     @staticmethod
@@ -178,7 +169,7 @@ class _Hits:
         """How many classes before the target have the same logit."""
         x = _without_bfloat16(xp.moveaxis(call.logits, call.axis, -1))
         of_target = xp.astype(stats.target_logit, x.dtype)[..., None]  # exactly: it was read from there
-        label = xp.astype(call.target, xp.int64)[..., None]
+        label = xp.astype(call.labels, xp.int64)[..., None]
         width = max(1, _TIES // max(1, math.prod(stats.rank.shape)))
         ties = xp.zeros_like(stats.rank)
         for start in range(0, x.shape[-1], width):
@@ -190,16 +181,11 @@ class _Hits:
         return ties
 
 
-@documented_like(logit_stats)
+@takes(MetricOptions, like=logit_stats)
 def brier_score(
     logits: Array,
     target: Array | int,
-    *,
-    ignore_index: int = -100,
-    axis: int = -1,
-    sample_weight: Array | None = None,
-    n_threads: int | None = None,
-    validate: bool = True,
+    **options: Unpack[MetricOptions],
 ) -> float:
     r"""Brier score of the softmax of logits: mean squared distance of the probabilities from the truth.
 
@@ -245,14 +231,14 @@ def brier_score(
     0.2175
     """
     owner = owner_of(logits, "logits")
-    call = _of_labels(owner, logits, target, axis, sample_weight, ignore_index, n_threads, validate)
+    call = _of_labels(owner, "brier_score", logits, target, options)
     return _mean_of_rows(owner, logits, call, _squared_distances)
 
 
 def _squared_distances(owner: ModuleType, call: Call) -> Array:
     if call.logits.shape[call.axis] > _BLOCK_BYTES // 4:
         return _distances_of_long_rows(owner, call)
-    call = call._replace(op="loss", phi="cross_entropy", reduction="sum", return_grad=True, sample_weight=None)
+    call = call._replace(op="loss", loss="cross_entropy", reduction="sum", return_grad=True, sample_weight=None)
     _, grad, _ = owner.run(call)  # which is p - [c = y] with all its digits, and 0 where ignored
     xp = namespace(grad)
     grad = xp.moveaxis(_without_bfloat16(grad), call.axis, -1)
@@ -284,28 +270,16 @@ def _distances_of_long_rows(owner: ModuleType, call: Call) -> Array:
         e = xp.where(is_top, xp.zeros_like(e), e)
         total, squares = total + xp.sum(e, axis=-1), squares + xp.sum(e * e, axis=-1)
     own = xp.exp(xp.astype(stats.target_logit, xp.float64) - greatest[..., 0])
-    is_hit = stats.argmax == xp.astype(widen(call.target), xp.int64)
+    is_hit = stats.argmax == xp.astype(widen(call.labels), xp.int64)
     others = xp.where(is_hit, squares, squares + (1 - own) * (1 + own))
     wrong = xp.where(is_hit, total, total + (1 - own))
     # an infinite logit makes its row NaN, as that of a gradient
     return xp.where(xp.isfinite(greatest[..., 0]), (others + wrong * wrong) / (1 + total) ** 2, math.nan)
 
 
-def _of_labels(
-    owner: ModuleType,
-    logits: Array,
-    target: Array,
-    axis: int,
-    sample_weight: Array | None,
-    ignore_index: int,
-    n_threads: int | None,
-    validate: bool,
-) -> Call:
+def _of_labels(owner: ModuleType, function: str, logits: Array, target: Array, options: Any) -> Call:
     """Return the checked call of the row statistics, whose targets are class indices."""
-    return normalise(
-        owner, "stats", "", 0.0, logits, axis, target, sample_weight=sample_weight, ignore_index=ignore_index,
-        n_threads=n_threads, validate=validate,
-    )  # fmt: skip
+    return row_call(owner, "stats", "", 0.0, logits, target, checked(function, options))
 
 
 @placed(1)
@@ -316,7 +290,7 @@ def _mean_of_rows(owner: ModuleType, logits: Array, call: Call, of_rows: Any) ->
         for block in _blocks(call):
             values = of_rows(owner, block)
             xp = namespace(values)
-            counts = xp.astype(~is_label(block.target, call.ignore_index), xp.float64)
+            counts = xp.astype(~is_label(block.labels, call.ignore_index), xp.float64)
             if block.sample_weight is not None:
                 s = _without_bfloat16(block.sample_weight)
                 counts *= xp.astype(s, xp.float64)
@@ -333,7 +307,7 @@ def _blocks(call: Call) -> Iterator[Call]:
     for rows in parts(shape[:axis] + shape[axis + 1 :], max(1, _BLOCK_BYTES // (size * shape[axis]))):
         yield call._replace(
             logits=call.logits[(*rows[:axis], slice(None), *rows[axis:])],
-            target=call.target[(*rows, ...)],
+            labels=call.labels[(*rows, ...)],
             sample_weight=None if call.sample_weight is None else call.sample_weight[(*rows, ...)],
         )
 

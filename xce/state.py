@@ -18,10 +18,11 @@ import numpy as np
 
 from xce import _check as check
 from xce._backends._scan import in_float64, is_label, parts, widen
-from xce._call import Array, normalise
+from xce._call import Array, row_call
 from xce._dispatch import described, owner_of
 from xce._errors import LabelError
-from xce.losses import Reduction, cross_entropy
+from xce._options import Reduction
+from xce.losses import cross_entropy
 
 __all__ = ["LossState"]
 
@@ -171,7 +172,7 @@ class LossState:
             n_classes = check.whole("n_classes", n_classes, 1, or_none=True)
         self.n_classes = n_classes
         self.ignore_index = check.label("ignore_index", ignore_index)
-        self.label_smoothing = check.real("label_smoothing", label_smoothing)
+        self.label_smoothing = check.real("label_smoothing", label_smoothing, check.UNIT)
         self.keep_rows = check.flag("keep_rows", keep_rows)
         self._weight = None if weight is None else _class_weight(weight, n_classes)
         self._sum = _ExactSum()
@@ -359,13 +360,13 @@ class LossState:
         local = np.where((y >= start) & (y < stop), y - start, -1)
         weight = None if self._weight is None else self._weight[start:stop]
         own = partial(_beside, owner, x)
-        call = normalise(owner, "state", "", 0.0, x, -1, own(local), own(weight), ignore_index=-1)
+        call = row_call(owner, "state", "", 0.0, x, own(local), {"weight": own(weight), "ignore_index": -1})
         top, rest, label_logit, linear = (_of_rows(owner, a) for a in owner.run(call))
         if self.label_smoothing and np.isinf(linear).any():  # perhaps in float32 only
             wide = owner.run(call._replace(logits=_in_float64(owner, x)))
             linear = np.where(np.isinf(linear), _of_rows(owner, wide[3]), linear)
         if (top == -np.inf).any():  # rows of -inf only add nothing, unless a NaN hides there, as logsumexp tells
-            bare = call._replace(op="logsumexp", target=None, weight=None)
+            bare = call._replace(op="logsumexp", labels=None, weight=None)
             empty = _of_rows(owner, owner.run(bare)) == -np.inf
             rest[empty], linear[empty] = -1, 0
         return _Piece(start, stop, top, rest, label_logit, linear, _total(weight, stop - start))

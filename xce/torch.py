@@ -51,7 +51,7 @@ from torch.utils._device import DeviceContext
 
 import xce
 from xce._backends import torch as backend
-from xce.losses import Reduction
+from xce._options import Reduction
 
 __all__ = [
     "BCELoss",

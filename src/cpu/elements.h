@@ -65,6 +65,14 @@ enum { XCE_ELEMENT_COUNT = (int)(sizeof ELEMENT_VALUES / sizeof *ELEMENT_VALUES)
 /* The types that a block is read from and written to: 0 is `storage`, integers have their size in bytes, negative for signed
  * ones; SWAPPED is added where the bytes lie the other way round. */
 enum { XCE_BOOL = 17, XCE_HALF = 18, XCE_BFLOAT = 19, XCE_FLOAT = 20, XCE_DOUBLE = 24, XCE_SWAPPED = 128 };
+enum { XCE_SCALAR_KIND = sizeof(scalar) == 8 ? XCE_DOUBLE : XCE_FLOAT };
+#if defined(XCE_STORAGE_float16)
+enum { XCE_STORAGE_KIND = XCE_HALF };
+#elif defined(XCE_STORAGE_bfloat16)
+enum { XCE_STORAGE_KIND = XCE_BFLOAT };
+#else
+enum { XCE_STORAGE_KIND = XCE_SCALAR_KIND };
+#endif
 
 XCE_FN float float_of_bits(uint32_t bits) { float a; memcpy(&a, &bits, sizeof a); return a; }
 

@@ -9,9 +9,12 @@ cdef extern from "cpu/elements.h" nogil:
     enum:
         ELEMENTS "XCE_ELEMENTS"
         ELEMENT_COUNT "XCE_ELEMENT_COUNT"
-        KIND_FLOAT "XCE_FLOAT"
         KIND_DOUBLE "XCE_DOUBLE"
+        KIND_BOOL "XCE_BOOL"
+        KIND_HALF "XCE_HALF"
         KIND_SWAPPED "XCE_SWAPPED"
+        SCALAR_KIND "XCE_SCALAR_KIND"
+        STORAGE_KIND "XCE_STORAGE_KIND"
     const char *const *ELEMENT_NAMES "XCE_ELEMENT_NAMES"
 
     ctypedef struct parameters:
@@ -78,11 +81,34 @@ cdef struct ElementDesk:
     scalar ones[ELEMENTS]
 
 
-cdef void walk(Walk *w, object array, int kind) except *:
-    """Enter an array, or nothing; `kind` tells the type of its numbers, see elements.h."""
+cdef int kind_of(object array) except -1000:
+    """The type of an array's numbers, as elements.h numbers them; 0 if there is none."""
+    cdef cnp.ndarray a
+    cdef int size, kind = 0
+    cdef char letter
+    if array is None:
+        return 0
+    a = <cnp.ndarray>array
+    size, letter = <int>cnp.PyArray_ITEMSIZE(a), a.descr.kind
+    if letter == b"f":
+        kind = KIND_HALF if size == 2 else 16 + size  # KIND_FLOAT, KIND_DOUBLE
+    elif letter == b"i":
+        kind = -size
+    elif letter == b"u":
+        kind = size
+    elif letter == b"b":
+        return KIND_BOOL
+    else:  # bfloat16, int4, uint4
+        from xce._backends._numbers import number_kind
+        return number_kind(array.dtype)
+    return kind if cnp.PyArray_ISNOTSWAPPED(a) else kind + KIND_SWAPPED
+
+
+cdef void walk(Walk *w, object array) except *:
+    """Enter an array, or nothing."""
     cdef cnp.ndarray a
     cdef int i
-    w.data, w.kind, w.axes = NULL, kind, 0
+    w.data, w.kind, w.axes = NULL, kind_of(array), 0
     if array is None:
         return
     a = <cnp.ndarray>array
@@ -117,7 +143,7 @@ cdef inline bint is_in_place(const Walk *w, const char *p, Py_ssize_t left, int 
     """Whether a block can be computed on where it lies."""
     return (
         n == ELEMENTS and left >= n and w.strides[w.axes - 1] == sizeof(scalar) and <size_t>p % sizeof(scalar) == 0
-        and (w.kind == (KIND_DOUBLE if sizeof(scalar) == 8 else KIND_FLOAT) or (w.kind == 0 and not STORAGE_IS_16_BIT))
+        and (w.kind == SCALAR_KIND or (w.kind == 0 and not STORAGE_IS_16_BIT))
     )
 
 
@@ -230,14 +256,13 @@ ELEMENT_FORMULAS = {(<bytes>ELEMENT_NAMES[_i]).decode(): _i for _i in range(ELEM
 
 
 def run_elements(
-    int formula, tuple params, tuple arrays, tuple kinds, double scale, Py_ssize_t row, int n_threads
+    int formula, tuple params, tuple arrays, double scale, Py_ssize_t row, int n_threads
 ):
     """Compute a formula for every element of arrays of one shape; the sum of the values.
 
-    `arrays` are x, y, pos_weight, weight, sample_weight, value, grad and hess, or None, `kinds` the types of their
-    numbers as elements.h knows them: any type for the inputs, floats of native byte order for the others. `value` is in
-    C order: an entry for each element or, if `row` is not 0, the mean of each `row` elements, the length of the last
-    axis.
+    `arrays` are x, y, pos_weight, weight, sample_weight, value, grad and hess, or None: of numbers of any type the
+    inputs, of floats of native byte order the others. `value` is in C order: an entry for each element or, if `row` is
+    not 0, the mean of each `row` elements, the length of the last axis.
     """
     cdef bytes order = PyBytes_FromStringAndSize(NULL, sizeof(Elements))
     cdef Elements *job = <Elements *>PyBytes_AS_STRING(order)
@@ -250,7 +275,9 @@ def run_elements(
     cdef double total = 0
     cdef int k
     for k in range(E_ARRAYS):
-        walk(&job.walks[k], arrays[k], kinds[k])
+        walk(&job.walks[k], arrays[k])
+        if job.walks[k].kind == STORAGE_KIND:
+            job.walks[k].kind = 0
     job.n = cnp.PyArray_SIZE(<cnp.ndarray>arrays[E_X])
     job.loop = ELEMENT_JETS[formula]
     if job.walks[E_GRAD].data == NULL and job.walks[E_HESS].data == NULL:
@@ -306,7 +333,7 @@ cdef struct Scan:
     xce_watch *watch
 
 
-def scan_range(x, int kind, tuple weights, tuple weight_kinds, double low, double high, int what, int n_threads):
+def scan_range(x, tuple weights, double low, double high, int what, int n_threads):
     """The flat C-order index of the first element that is bad, or -1.
 
     `what` is bad, elements.h lists; no element is one of whose `weights`, up to two arrays of the shape of x, is 0.
@@ -318,10 +345,10 @@ def scan_range(x, int kind, tuple weights, tuple weight_kinds, double low, doubl
     cdef xce_watch watch
     xce_watch_begin(&watch)
     job.watch = &watch
-    walk(&job.x, x, kind)
+    walk(&job.x, x)
     job.n_weights = len(weights)
     for i in range(job.n_weights):
-        walk(&job.weights[i], weights[i], weight_kinds[i])
+        walk(&job.weights[i], weights[i])
     job.n, job.low, job.high, job.what = cnp.PyArray_SIZE(<cnp.ndarray>x), <scalar>low, <scalar>high, what
     n_units = (job.n + ELEMENTS * UNIT_BLOCKS - 1) // (ELEMENTS * UNIT_BLOCKS)
     while first < n_units:
@@ -378,7 +405,7 @@ cdef Py_ssize_t scan_unit(const Scan *job, Py_ssize_t index) noexcept nogil:
     return -1
 
 
-def sum_range(x, int kind, int n_threads):
+def sum_range(x, int n_threads):
     """The sum of an array, which depends on nothing but the numbers in C order."""
     cdef Walk w
     cdef Py_ssize_t n = cnp.PyArray_SIZE(<cnp.ndarray>x), unit = ELEMENTS * UNIT_BLOCKS, first = 0, last
@@ -388,7 +415,7 @@ def sum_range(x, int kind, int n_threads):
     cdef double total = 0
     cdef xce_watch watch
     xce_watch_begin(&watch)
-    walk(&w, x, kind)
+    walk(&w, x)
     while first < n_units:
         last = min(first + SCANNED_UNITS, n_units)
         watch.units, watch.taken = last - first, 0

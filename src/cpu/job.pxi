@@ -55,9 +55,38 @@ cdef enum:
 
     LOOK_LABELS = 32768    # between two looks where labels, weights or `where` are only read
 
-cdef enum:
-    X, Q, WHERE, GRAD, HESS, ENTRY_OPERANDS
-    LABEL = ENTRY_OPERANDS, INDICES, SAMPLE, VALUE, LABEL_LOGIT, TOP, RANK, SPREAD, LINEAR, OPERANDS
+cdef extern from *:
+    """
+    #include "options.h"
+    #define XCE_NUMBER(name) OPERAND_##name,
+    enum { XCE_ROW_OPERANDS(XCE_NUMBER) OPERANDS, ENTRY_OPERANDS = OPERAND_label };
+    #undef XCE_NUMBER
+    #define XCE_NAME(name) #name,
+    static const char *const XCE_OPERAND_NAMES[] = {XCE_ROW_OPERANDS(XCE_NAME)};
+    static const char *const XCE_OPTION_NAMES[] = {XCE_ROW_OPTIONS(XCE_NAME)};
+    #undef XCE_NAME
+    enum { OPTIONS = sizeof(row_options) / sizeof(double) };
+    """
+    enum:
+        X "OPERAND_x"
+        Q "OPERAND_q"
+        WHERE "OPERAND_where"
+        GRAD "OPERAND_grad"
+        HESS "OPERAND_hess"
+        LABEL "OPERAND_label"
+        INDICES "OPERAND_indices"
+        SAMPLE "OPERAND_sample"
+        VALUE "OPERAND_value"
+        LABEL_LOGIT "OPERAND_label_logit"
+        TOP "OPERAND_top"
+        RANK "OPERAND_rank"
+        SPREAD "OPERAND_spread"
+        LINEAR "OPERAND_linear"
+        OPERANDS, ENTRY_OPERANDS, OPTIONS
+    const char *const *XCE_OPERAND_NAMES
+    const char *const *XCE_OPTION_NAMES
+    ctypedef struct row_options:
+        double parameter, label_smoothing, temperature, softcap, z_loss
 
 cdef struct Operand:
     char *data
@@ -75,9 +104,8 @@ cdef struct Job:
     Operand at[OPERANDS]
     int used[OPERANDS]                 # which of them there are
     int n_used
-    int label_kind
     long long ignore_index
-    int kind[OPERANDS]                 # of the numbers of X, Q, GRAD, HESS, SAMPLE and VALUE, see elements.h
+    int kind[OPERANDS]                 # of their numbers, see elements.h; 0: the storage type, or of VALUE the scalar
     xce_watch *watch
     const scalar *weight
     scalar label_smoothing
@@ -88,7 +116,6 @@ cdef struct Job:
     const Job *teacher                 # the teacher's logits as a job of their own, or NULL
     bint keeps_pairs                   # the stage holds what is PAIRED of a tile
     bint sparse_teacher                # it has logits of the classes INDICES only
-    int index_kind                     # as label_kind
     bint by_distance                   # entries are distances from the greatest one, in two parts
     bint relative                      # the gradient is made of slopes against the top entry's
     bint transforms, linear, dense, want_grad, want_hess, writes, wide, streams

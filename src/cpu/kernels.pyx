@@ -208,6 +208,9 @@ cdef void place(Job *job, Plan *plan, int k, object array, int axis) except *:
         return
     a = <cnp.ndarray>array
     job.at[k].data = cnp.PyArray_BYTES(a)
+    job.kind[k] = kind_of(a)
+    if k < ENTRY_OPERANDS and job.kind[k] == STORAGE_KIND or k == VALUE and job.kind[k] == SCALAR_KIND:
+        job.kind[k] = 0
     for i in range(cnp.PyArray_NDIM(a)):
         if i == axis:
             job.at[k].classes = cnp.PyArray_STRIDE(a, i)
@@ -322,12 +325,12 @@ cdef struct Weights:
     int n
 
 
-cdef void walk_weights(Weights *weights, tuple arrays, tuple kinds) except *:
+cdef void walk_weights(Weights *weights, tuple arrays) except *:
     """Enter up to two arrays of the rows' shape."""
     cdef int k
     weights.n = len(arrays)
     for k in range(weights.n):
-        walk(&weights.walks[k], arrays[k], kinds[k])
+        walk(&weights.walks[k], arrays[k])
 
 
 cdef inline bint has_weight(const Weights *weights, Py_ssize_t flat) noexcept nogil:
@@ -340,9 +343,7 @@ cdef inline bint has_weight(const Weights *weights, Py_ssize_t flat) noexcept no
     return True
 
 
-def scan_labels(
-    label, int label_kind, Py_ssize_t n_classes, long long ignore_index, tuple weights, tuple weight_kinds
-):
+def scan_labels(label, Py_ssize_t n_classes, long long ignore_index, tuple weights):
     """The flat C-order index of the first label that is neither a class nor `ignore_index`, or -1.
 
     Labels are left out that one of the `weights` is 0 for, up to two arrays of their shape.
@@ -353,10 +354,12 @@ def scan_labels(
     cdef Py_ssize_t flat = 0, stop = cnp.PyArray_SIZE(<cnp.ndarray>label), stride, i, k, end, left
     cdef const int64_t *longs
     cdef bint bad, is_bad
+    cdef int label_kind
     cdef xce_watch watch
     xce_watch_begin(&watch)
-    walk(&labels, label, label_kind)
-    walk_weights(&counting, weights, weight_kinds)
+    walk(&labels, label)
+    label_kind = labels.kind
+    walk_weights(&counting, weights)
     stride = labels.strides[labels.axes - 1]
     with nogil:
         while flat < stop and not xce_look(&watch):
@@ -389,7 +392,7 @@ cdef inline bint is_label(const char *p, int kind, Py_ssize_t n_classes, long lo
     return label.status != INVALID
 
 
-def scan_repetitions(indices, int kind, Py_ssize_t n_classes, tuple weights, tuple weight_kinds):
+def scan_repetitions(indices, Py_ssize_t n_classes, tuple weights):
     """The flat number of the first row that has a class twice, and the smallest class that it has twice; or -1, -1.
 
     `indices` has the places of a row last. Rows are left out that one of the `weights` is 0 for, up to two arrays of
@@ -407,8 +410,8 @@ def scan_repetitions(indices, int kind, Py_ssize_t n_classes, tuple weights, tup
     cdef uint8_t *seen                 # a bit for each class
     cdef xce_watch watch
     xce_watch_begin(&watch)
-    walk(&rows, indices[..., 0], kind)
-    walk_weights(&counting, weights, weight_kinds)
+    walk(&rows, indices[..., 0])
+    walk_weights(&counting, weights)
     seen = <uint8_t *>PyMem_RawCalloc((n_classes + 7) // 8, 1)
     if seen == NULL:
         raise MemoryError(f"{(n_classes + 7) // 8} bytes for the classes of a teacher")
@@ -419,7 +422,7 @@ def scan_repetitions(indices, int kind, Py_ssize_t n_classes, tuple weights, tup
                 for j in range(n_places):
                     if is_time_to_look(&watch, j):
                         break
-                    label = label_at(p + j * stride, kind, n_classes, -1)
+                    label = label_at(p + j * stride, rows.kind, n_classes, -1)
                     if label.value < 0:
                         continue
                     if seen[label.value // 8] & <uint8_t>(1 << label.value % 8) and not 0 <= twice < label.value:
@@ -430,7 +433,7 @@ def scan_repetitions(indices, int kind, Py_ssize_t n_classes, tuple weights, tup
                 for j in range(n_places):
                     if is_time_to_look(&watch, j):
                         break
-                    label = label_at(p + j * stride, kind, n_classes, -1)
+                    label = label_at(p + j * stride, rows.kind, n_classes, -1)
                     if label.value >= 0:
                         seen[label.value // 8] = 0
             row += 1
@@ -449,7 +452,7 @@ def classes_are_left(where, cnp.ndarray out):
     cdef const char *m
     cdef xce_watch watch
     xce_watch_begin(&watch)
-    walk(&masks, where[..., 0], 0)
+    walk(&masks, where[..., 0])
     with nogil:
         while flat < n_rows and not xce_look(&watch):
             m = place_in(&masks, flat, &left)
@@ -463,8 +466,7 @@ def classes_are_left(where, cnp.ndarray out):
 
 
 def denominator(
-    label, int label_kind, Py_ssize_t n_classes, long long ignore_index, weight, sample_weight, int sample_kind, where,
-    Py_ssize_t start, Py_ssize_t stop,
+    label, Py_ssize_t n_classes, long long ignore_index, weight, sample_weight, where, Py_ssize_t start, Py_ssize_t stop
 ):
     """The sum of class weight times sample weight over rows start..stop in C order, as far as they count.
 
@@ -486,9 +488,9 @@ def denominator(
     cdef scalar sample
     cdef xce_watch watch
     xce_watch_begin(&watch)
-    walk(&labels, label, label_kind)
-    walk(&samples, sample_weight, sample_kind)
-    walk(&masks, None if where is None else where[..., 0], 0)
+    walk(&labels, label)
+    walk(&samples, sample_weight)
+    walk(&masks, None if where is None else where[..., 0])
     if weight is not None:
         w = <const scalar *>cnp.PyArray_DATA(<cnp.ndarray>weight)
     if label is not None:
@@ -513,20 +515,20 @@ def denominator(
             if masks.data != NULL:
                 m = place_in(&masks, flat, &left)
                 n = min(n, left, max(LOOK_LABELS // n_classes, <Py_ssize_t>1))
-            if w == NULL and s == NULL and m == NULL and label_kind == -8 and y_stride == 8 and <size_t>y % 8 == 0:
+            if w == NULL and s == NULL and m == NULL and labels.kind == -8 and y_stride == 8 and <size_t>y % 8 == 0:
                 count = 0
                 for i in range(n):
                     count += (<const int64_t *>y)[i] != ignore_index
                 sums[0] += <double>count
             else:
                 for i in range(n):
-                    sample = 1 if s == NULL else read_scalar(s + i * s_stride, sample_kind)
+                    sample = 1 if s == NULL else read_scalar(s + i * s_stride, samples.kind)
                     if sample == 0:
                         continue
                     if m != NULL and not classes_left(&watch, m + i * m_stride, n_classes, class_stride, False):
                         continue
                     if y != NULL:
-                        found = label_at(y + i * y_stride, label_kind, n_classes, ignore_index)
+                        found = label_at(y + i * y_stride, labels.kind, n_classes, ignore_index)
                     term = 1 if found.status == ACTIVE or (w == NULL and found.status == INVALID) else 0
                     if w != NULL and found.status == ACTIVE:
                         term = w[found.value]
@@ -545,31 +547,32 @@ PHI = {(<bytes>PHI_NAMES[_i]).decode(): _i for _i in range(FIRST_DIVERGENCE)}
 DIVERGENCES = {(<bytes>PHI_NAMES[_i]).decode(): _i for _i in range(FIRST_DIVERGENCE, PHI_COUNT)}
 
 
-def run(
-    int what, int phi, double parameter, logits, int axis, label, int label_kind, q, where, weight, sample_weight,
-    long long ignore_index, double label_smoothing, double temperature, double softcap,
-    double z_loss, double scale, value, grad, hess, label_logit, top, rank, spread, linear, int n_threads,
-    indices=None, int index_kind=0, tuple kinds=None,
-):
+NUMBERS = tuple([(<bytes>XCE_OPTION_NAMES[_i]).decode() for _i in range(OPTIONS)])
+cdef tuple OPERAND_NAMES = tuple([(<bytes>XCE_OPERAND_NAMES[_i]).decode() for _i in range(OPERANDS)])
+
+
+def run(int what, int phi, numbers, long long ignore_index, dict operands, int axis, double scale, int n_threads):
     """Compute what is asked for into the arrays that are not None; the sum of the losses.
 
-    All arrays are checked: shapes as they must be, at least one row and one class. The logits, q, grad and hess are of
-    this module's storage type, `weight`, `sample_weight` and the outputs of rows of its scalar type; or `kinds` has the
-    types of logits, q, grad, hess, sample_weight and value as elements.h numbers them, or 0 for those. `label_kind` is
-    the type of the labels. Of a divergence, q is the teacher's logits, of all classes or of the classes `indices`,
-    which `index_kind` tells the type of.
+    All arrays are checked: shapes as they must be, at least one row and one class. `numbers` are `row_options`. The
+    logits (`x`), the probabilities or the teacher's logits (`q`), `grad`, `hess`, `sample` (weights) and `value`
+    are of floats of any type, `label` and `indices`, the classes of a sparse teacher, of any numbers; the class
+    weights and other outputs of rows are of this module's scalar type.
     """
     cdef bytes memory = PyBytes_FromStringAndSize(NULL, sizeof(Order))  # not on the stack, as in `work`
     cdef Order *order = <Order *>PyBytes_AS_STRING(memory)
     cdef Job *job = &order.job
     cdef Job *teacher = &order.teacher
     cdef Plan *plan = &order.plan
-    cdef cnp.ndarray x = <cnp.ndarray>logits
+    cdef cnp.ndarray x = <cnp.ndarray>operands["x"]
     cdef int i, j = 0
-    cdef bint is_foreign
+    cdef bint is_foreign, is_general
+    cdef row_options given
     memset(job, 0, sizeof(Job))
+    for i in range(OPTIONS):
+        (<double *>&given)[i] = numbers[i]
     job.watch = &order.watch
-    job.what, job.phi, job.parameter = what, phi, <scalar>parameter
+    job.what, job.phi, job.parameter = what, phi, <scalar>given.parameter
     plan.axes = cnp.PyArray_NDIM(x) - 1
     job.n_rows = 1
     for i in range(plan.axes + 1):
@@ -578,53 +581,39 @@ def run(
             job.n_rows *= plan.shape[j]
             j += 1
     job.n_classes = cnp.PyArray_DIM(x, axis)
-    place(job, plan, X, x, axis)
-    place(job, plan, Q, q, axis)
-    place(job, plan, WHERE, where, axis)
-    place(job, plan, GRAD, grad, axis)
-    place(job, plan, HESS, hess, axis)
-    place(job, plan, LABEL, label, -1)
-    place(job, plan, INDICES, indices, axis)
-    place(job, plan, SAMPLE, sample_weight, -1)
-    place(job, plan, VALUE, value, -1)
-    place(job, plan, LABEL_LOGIT, label_logit, -1)
-    place(job, plan, TOP, top, -1)
-    place(job, plan, RANK, rank, -1)
-    place(job, plan, SPREAD, spread, -1)
-    place(job, plan, LINEAR, linear, -1)
+    for i in range(OPERANDS):
+        place(job, plan, i, operands.get(OPERAND_NAMES[i]), axis if i < ENTRY_OPERANDS or i == INDICES else -1)
     merge_axes(job, plan)
     for i in range(OPERANDS):
         if job.at[i].data != NULL:
             job.used[job.n_used] = i
             job.n_used += 1
-    if kinds is not None:
-        job.kind[X], job.kind[Q], job.kind[GRAD], job.kind[HESS], job.kind[SAMPLE], job.kind[VALUE] = kinds
-    if job.kind[SAMPLE] == 0:
-        job.kind[SAMPLE] = KIND_DOUBLE if sizeof(scalar) == 8 else KIND_FLOAT
     is_foreign = job.kind[X] != 0 or job.kind[Q] != 0 or job.kind[GRAD] != 0 or job.kind[HESS] != 0
-    job.label_kind, job.ignore_index = label_kind, ignore_index
+    job.ignore_index = ignore_index
+    weight = operands.get("weight")
     if weight is not None:
         job.weight = <const scalar *>cnp.PyArray_DATA(<cnp.ndarray>weight)
-    job.label_smoothing = <scalar>label_smoothing
-    job.label_share = <scalar>(1 - label_smoothing)
-    job.share = <scalar>(label_smoothing / job.n_classes) if what != STATE else 1
-    job.z_loss, job.scale = <scalar>z_loss, <scalar>scale
-    job.transform = transform_of(softcap, temperature)
-    job.transforms = softcap != 0 or temperature != 1
+    job.label_smoothing = <scalar>given.label_smoothing
+    job.label_share = <scalar>(1 - given.label_smoothing)
+    job.share = <scalar>(given.label_smoothing / job.n_classes) if what != STATE else 1
+    job.z_loss, job.scale = <scalar>given.z_loss, <scalar>scale
+    job.transform = transform_of(given.softcap, given.temperature)
+    job.transforms = given.softcap != 0 or given.temperature != 1
     job.linear = phi == PHI_CROSS_ENTROPY
-    job.sparse_teacher, job.index_kind = indices is not None, index_kind
+    job.sparse_teacher = job.at[INDICES].data != NULL
     job.dense = what == STATE or (
-        what == LOSS and not job.sparse_teacher and (q is not None or label_smoothing != 0)
+        what == LOSS and not job.sparse_teacher and (job.at[Q].data != NULL or given.label_smoothing != 0)
     )
     job.relative = job.dense and not job.linear and phi < FIRST_DIVERGENCE
     job.by_distance = job.transforms or job.relative or phi >= FIRST_DIVERGENCE
-    job.want_grad, job.want_hess = grad is not None, hess is not None
+    job.want_grad, job.want_hess = job.at[GRAD].data != NULL, job.at[HESS].data != NULL
     job.writes = job.want_grad or job.want_hess
     job.wide = (
         (job.at[X].classes == size_of_kind(job.kind[X]) and job.n_classes > MANY_UP_TO) or job.n_classes > MANY_AT_MOST
     )
     job.level = FULL
-    if softcap == 0 and where is None and not is_foreign and what != STATS and (not job.wide or adjacent(job)):
+    is_general = given.softcap != 0 or job.at[WHERE].data != NULL or is_foreign or what == STATS
+    if not is_general and (not job.wide or adjacent(job)):
         job.level = MIXED
         if not job.by_distance:
             job.level = DENSE if job.dense else SPARSE
@@ -636,7 +625,7 @@ def run(
         if not job.wide and not job.sparse_teacher and not job.keeps_pairs:  # many classes with a stride
             job.level = FULL
         teacher[0] = job[0]
-        teacher.n_classes = cnp.PyArray_DIM(<cnp.ndarray>q, axis)
+        teacher.n_classes = cnp.PyArray_DIM(<cnp.ndarray>operands["q"], axis)
         teacher.dense, teacher.want_grad, teacher.want_hess, teacher.writes = False, False, False, False
         job.teacher = teacher
     # rows of gradient side by side, and too many to stay in a cache

@@ -587,7 +587,7 @@ cdef inline void open_tile(const Job *job, Tile *tile, Py_ssize_t row, int n) no
             if tile.status[i] == IGNORED:
                 continue
             label = label_at(
-                tile.at[LABEL] + i * job.at[LABEL].rows, job.label_kind, job.n_classes, job.ignore_index
+                tile.at[LABEL] + i * job.at[LABEL].rows, job.kind[LABEL], job.n_classes, job.ignore_index
             )
             tile.label[i] = label.value
             # the statistics of a row want no label

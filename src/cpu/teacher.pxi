@@ -241,7 +241,7 @@ cdef void pick(const Job *job, Tile *tile, int i, real *stage) noexcept nogil:
 
 cdef inline Label index_at(const Job *job, const Tile *tile, int i, Py_ssize_t j) noexcept nogil:
     # no class is ignored; a number that cannot be one stands for none
-    return label_at(entry_of(job, tile, INDICES, i, j), job.index_kind, job.n_classes, -1)
+    return label_at(entry_of(job, tile, INDICES, i, j), job.kind[INDICES], job.n_classes, -1)
 
 
 cdef void write_sparse(const Job *job, const Tile *tile, const View *v, int row) noexcept nogil:

@@ -17,7 +17,7 @@ XCE_FN void loss_derivatives(const row_job &j, const row_view &v, const row_outp
     } else if (LEVEL == FULL && j.dense) {
         const log_prob at = row_entry(r.state, z);
         scalar d = coefficient(j, v, c), slope;
-        jet f = relative_phi(r.slope, at, z, r_exp_pair_near(z).exp, d, PHI(j), (scalar)j.parameter, &slope);
+        jet f = relative_phi(r.slope, at, z, r_exp_pair_near(z).exp, d, PHI(j), (scalar)j.options.parameter, &slope);
         *g += r.factor * slope;
         *h += r.factor * (weighted(d, f.d2) * (at.not_p - at.p));
     }
@@ -26,7 +26,7 @@ XCE_FN void loss_derivatives(const row_job &j, const row_view &v, const row_outp
         add_far(r.far, r.factor, p, 1 - p, g, h);
     }
     if (LEVEL == FULL && is_transformed(j))
-        transform_derivatives(transform_of(j.softcap, j.temperature), raw_entry(j, v, c), g, h);
+        transform_derivatives(transform_of(j.options.softcap, j.options.temperature), raw_entry(j, v, c), g, h);
     if (is_removed(j, v, c)) /* whatever the row holds */
         *g = *h = 0;
 }
@@ -85,7 +85,7 @@ XCE_FN scalar meet_teacher(const row_job &j, const row_view &v, row_outputs *r, 
         *top_place = place.place < n ? place.place : -1;
     }
     const int64_t greatest_place = best.value > -XCE_INF ? best.place : 0;
-    r->teacher_origin = transform_origin(transform_of(j.softcap, j.temperature), best.value);
+    r->teacher_origin = transform_origin(transform_of(j.options.softcap, j.options.temperature), best.value);
     real_sum rest = {0, 0}, excess = {0, 0};
     bool is_bad = false; /* a class out of range that nobody checked */
     for (int64_t place = rank; place < n; place += GROUP * CLUSTER) {
@@ -104,7 +104,7 @@ XCE_FN scalar meet_teacher(const row_job &j, const row_view &v, row_outputs *r, 
     scalar outside = v.indices ? sum_outside<GROUP * CLUSTER>(j, v, *r, ref, rank) : 0;
     sums<3> all = {{is_bad ? XCE_NAN : r_sum_total(rest), r_sum_total(excess), outside}};
     all = agree<GROUP, CLUSTER>(all, board);
-    const row_state teacher = row_close_transformed(transform_of(j.softcap, j.temperature), best.value, all.at[0]);
+    const row_state teacher = row_close_transformed(transform_of(j.options.softcap, j.options.temperature), best.value, all.at[0]);
     r->match = match_rows(r->state, teacher, all.at[1] + all.at[2] + (*top_place < 0 ? 1 : 0),
                           teacher_at_top(j, v, r->teacher_origin, *top_place));
     return all.at[2] * r->state.inverse;
@@ -142,7 +142,7 @@ XCE_FN void sum_phi(const row_job &j, const row_view &v, const row_outputs &r, i
         const real_pair z = distance_or_logit<FULL>(j, r.origin, entry<FULL>(j, v, c));
         const log_prob at = row_entry(r.state, z);
         scalar d = coefficient(j, v, c), slope;
-        jet g = relative_phi(r.slope, at, z, r_exp_pair_near(z).exp, d, PHI(j), (scalar)j.parameter, &slope);
+        jet g = relative_phi(r.slope, at, z, r_exp_pair_near(z).exp, d, PHI(j), (scalar)j.options.parameter, &slope);
         add_to(&f[0], weighted(d, g.value)), add_to(&f[1], weighted(d, g.d1)), add_to(&f[2], weighted(d, g.d2));
         add_to(&f[3], slope);
     }
@@ -164,7 +164,7 @@ XCE_FN void write_sparse(const row_job &j, const row_view &v, const row_outputs 
         const prob_pair at = pair_at(j, v, r, place, c);
         jet f = match_derivatives(PHI(j), divergence_term(PHI(j), at, r.match), at.p, r.factor, r.b, r.d);
         if (is_transformed(j))
-            transform_derivatives(transform_of(j.softcap, j.temperature), 0, &f.d1, &f.d2);
+            transform_derivatives(transform_of(j.options.softcap, j.options.temperature), 0, &f.d1, &f.d2);
         if (v.grad)
             put<output>(v.grad + c * j.grad.classes, f.d1);
         if (v.hess)
@@ -208,7 +208,7 @@ XCE_FN void plain_row(const row_job &j, int64_t row, message_board *board, row_f
     row_outputs r;
     r.top = top.value > -XCE_INF ? top.place : 0;
     const bool by_distance = is_by_distance<LEVEL>(j);
-    const logit_transform with = transform_of(j.softcap, j.temperature);
+    const logit_transform with = transform_of(j.options.softcap, j.options.temperature);
     if (by_distance)
         r.origin = transform_origin(with, top.value);
     const scalar max = by_distance ? 0 : top.value;
@@ -244,7 +244,7 @@ XCE_FN void plain_row(const row_job &j, int64_t row, message_board *board, row_f
     } else if (WHAT(j) == LOSS) {
         if (is_relative<LEVEL>(j)) {
             const scalar own = v.label.value < 0 || v.label.value == r.top ? weigh_row(j, v).index : 0;
-            r.slope = slope_of_top(r.state, coefficient(j, v, r.top) + own, PHI(j), (scalar)j.parameter);
+            r.slope = slope_of_top(r.state, coefficient(j, v, r.top) + own, PHI(j), (scalar)j.options.parameter);
             sum_phi<GROUP, CLUSTER>(j, v, r, rank, phi, board);
         }
         close_loss<GROUP>(j, v, &r, shared, rank == 0, [&] { finish_row<LEVEL>(j, v, &r, linear, phi); });

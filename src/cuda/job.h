@@ -3,6 +3,8 @@
 #ifndef XCE_JOB_H
 #define XCE_JOB_H
 
+#include "options.h"
+
 enum { XCE_AXES = 8 }; /* of rows, after neighbours were joined */
 
 enum { LOSS, SOFTMAX, LOG_SOFTMAX, LOGSUMEXP, STATS, STATE, NLL };    /* what */
@@ -14,14 +16,16 @@ typedef struct {
     int64_t rows[XCE_AXES];    /* bytes from a row to the next, along each axis of rows */
 } operand;
 
+#define XCE_FIELD(name) operand name;
 typedef struct {
-    operand x, q, where, grad, hess, label, indices, sample, value, label_logit, top, rank, spread, linear;
+    XCE_ROW_OPERANDS(XCE_FIELD)
     const scalar *weight;
     const double *denominator; /* of the mean, on the device; NULL: 1 */
     int64_t n_rows, n_classes, n_places, axes, shape[XCE_AXES];
     int64_t what, phi, label_kind, index_kind, ignore_index, dense, teacher, q_is_scalar, cached;
-    double parameter, label_smoothing, temperature, softcap, z_loss;
+    row_options options;
 } row_job;
+#undef XCE_FIELD
 
 typedef struct {
     operand label, sample, left, value;

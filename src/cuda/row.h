@@ -83,7 +83,7 @@ template <int LEVEL> XCE_FN scalar entry(const row_job &j, const row_view &v, in
     return LEVEL == FULL && is_removed(j, v, c) ? -XCE_INF : x;
 }
 
-XCE_FN bool is_transformed(const row_job &j) { return j.softcap != 0 || j.temperature != 1; }
+XCE_FN bool is_transformed(const row_job &j) { return j.options.softcap != 0 || j.options.temperature != 1; }
 
 /* Whether coefficients and phi' both vary */
 template <int LEVEL> XCE_FN bool is_relative(const row_job &j)
@@ -101,8 +101,8 @@ XCE_FAR real_pair capped_distance(logit_transform t, logit_origin o, scalar x) {
 
 XCE_FN real_pair distance(const row_job &j, const logit_origin &o, scalar x)
 {
-    logit_transform t = transform_of(j.softcap, j.temperature);
-    return j.softcap != 0 ? capped_distance(t, o, x) : distance_by_temperature(t, o, x);
+    logit_transform t = transform_of(j.options.softcap, j.options.temperature);
+    return j.options.softcap != 0 ? capped_distance(t, o, x) : distance_by_temperature(t, o, x);
 }
 
 template <int LEVEL> XCE_FN real_pair distance_or_logit(const row_job &j, const logit_origin &o, scalar x)
@@ -133,7 +133,7 @@ template <int LEVEL> XCE_FN row_view view_row(const row_job &j, int64_t row)
     if (WHAT(j) != LOSS && WHAT(j) != NLL)
         v.label.status = ACTIVE;
     v.label_logit = v.label.value >= 0 ? entry<LEVEL>(j, v, v.label.value) : 0;
-    v.share = WHAT(j) == STATE ? 1 : (scalar)(j.label_smoothing / (double)j.n_classes);
+    v.share = WHAT(j) == STATE ? 1 : (scalar)(j.options.label_smoothing / (double)j.n_classes);
     return v;
 }
 
@@ -141,7 +141,7 @@ XCE_FN row_weight weigh_row(const row_job &j, const row_view &v)
 {
     row_weight w = {0, 1, 1};
     if (j.label.data && v.label.status != IGNORED) {
-        scalar rest = (scalar)(1 - j.label_smoothing);
+        scalar rest = (scalar)(1 - j.options.label_smoothing);
         w.index = v.label.status == INVALID ? XCE_NAN : j.weight ? rest * j.weight[v.label.value] : rest;
     }
     if (j.sample.data)
@@ -155,7 +155,7 @@ XCE_FN row_weight weigh_row(const row_job &j, const row_view &v)
 /* d = w ((1 - eps) q + eps / C) */
 XCE_FN scalar coefficient_of(const row_job &j, const row_view &v, int64_t c, scalar q, scalar share)
 {
-    scalar d = v.q ? r_fma((scalar)(1 - j.label_smoothing), q, share) : share;
+    scalar d = v.q ? r_fma((scalar)(1 - j.options.label_smoothing), q, share) : share;
     return j.weight ? d * j.weight[c] : d;
 }
 
@@ -205,7 +205,7 @@ XCE_FN real_pair teacher_at_top(const row_job &j, const row_view &v, const logit
 XCE_FN void put_derivatives(const row_job &j, const row_view &v, row_outputs *r, row_result f, scalar factor, jet out)
 {
     if (is_transformed(j)) {
-        logit_transform with = transform_of(j.softcap, j.temperature);
+        logit_transform with = transform_of(j.options.softcap, j.options.temperature);
         transform_derivatives(with, raw_entry(j, v, r->top), &f.grad_top, &f.hess_top);
         if (v.label.value >= 0)
             transform_derivatives(with, raw_entry(j, v, v.label.value), &f.grad_label, &f.hess_label);
@@ -242,7 +242,7 @@ XCE_FN void finish_row(const row_job &j, const row_view &v, row_outputs *r, cons
     t.label_entry = distance_or_logit<LEVEL>(j, r->origin, v.label_logit);
     t.label_is_top = v.label.value < 0 || v.label.value == r->top;
     t.d_top = t.d_label = 0;
-    t.sum = t.sum1 = t.sum2 = 0, t.z_loss = (scalar)j.z_loss;
+    t.sum = t.sum1 = t.sum2 = 0, t.z_loss = (scalar)j.options.z_loss;
     if (is_dense) {
         t.d_top = coefficient(j, v, r->top);
         t.d_label = v.label.value >= 0 ? coefficient(j, v, v.label.value) : 0;
@@ -252,9 +252,9 @@ XCE_FN void finish_row(const row_job &j, const row_view &v, row_outputs *r, cons
         t.sum1 = 0 - linear[1];
     } else if (LEVEL == FULL && is_dense)
         t.sum = phi[0], t.sum1 = phi[1], t.sum2 = phi[2];
-    row_result f = row_finish(r->state, t, PHI(j), (scalar)j.parameter);
+    row_result f = row_finish(r->state, t, PHI(j), (scalar)j.options.parameter);
     if (is_relative<LEVEL>(j))
-        relative_finish(&f, r->state, t, r->slope, phi[3], PHI(j), (scalar)j.parameter);
+        relative_finish(&f, r->state, t, r->slope, phi[3], PHI(j), (scalar)j.options.parameter);
     jet out = {(0 - f.slope) * t.factor, (0 - f.b) * t.factor, (f.b + f.d) * t.factor};
     if (LEVEL == FULL)
         put_derivatives(j, v, r, f, t.factor, out);
@@ -319,7 +319,7 @@ XCE_FN void put_statistics(const row_job &j, const row_view &v, const row_output
         return;
     scalar label_logit = v.label_logit;
     if (LEVEL == FULL && is_transformed(j))
-        label_logit = transform_logit(transform_of(j.softcap, j.temperature), label_logit);
+        label_logit = transform_logit(transform_of(j.options.softcap, j.options.temperature), label_logit);
     *(scalar *)row_of(j, j.label_logit, at) = v.label.value >= 0 ? label_logit : XCE_NAN;
     if (WHAT(j) == STATE) {
         *(scalar *)row_of(j, j.spread, at) = r.state.rest / r.state.top;
@@ -344,8 +344,8 @@ XCE_FN void leave_classes(const row_job &j, row_view *v, scalar n)
 {
     if (n == 0)
         v->label.status = IGNORED, v->label.value = -1;
-    else if (j.label_smoothing != 0)
-        v->share = (scalar)j.label_smoothing / n;
+    else if (j.options.label_smoothing != 0)
+        v->share = (scalar)j.options.label_smoothing / n;
 }
 
 /* A row of which nothing is summed: its value, the derivative at the label, and what all other entries get. */

@@ -34,25 +34,45 @@ from xce._backends._numbers import (
 )
 from xce._call import Call, LogitStats
 from xce._elements import ElementCall
+from xce._options import NUMBERS
+
+
+@cache
+def text(*names: str) -> str:
+    """The text of kernels, without the lines that include one file in another: NVRTC gets it in one piece."""
+    # beside the package or, where Python found the bare sources of a checkout, where that is installed
+    places = (files("xce"), *map(Path, xce.__path__))
+    root = next(place / "_cuda" for place in places if (place / "_cuda").is_dir())
+    parts = []
+    for name in names:
+        lines = (root / name).read_text(encoding="utf-8").splitlines()
+        kept = ("" if line.startswith('#include "') else line for line in lines)
+        parts.append(f'#line 1 "{name}"\n' + "\n".join(kept))
+    return "\n".join(parts) + "\n"
+
+
+@cache
+def names(macro: str, file: str = "formulas.h") -> tuple[str, ...]:
+    """The names in a list of a header, where they are numbered in this order."""
+    found = re.search(rf"#define {macro}\((\w+)\)((?:.*\\\n)*.*)", text(file))
+    assert found
+    return tuple(re.findall(rf"{found[1]}\((\w+)\)", found[2]))
+
 
 AXES = 8  # of arrays, after neighbours were joined; XCE_AXES of job.h
 _WHAT = {"loss": 0, "softmax": 1, "log_softmax": 2, "logsumexp": 3, "stats": 4, "state": 5, "nll": 6}
 
 _I8, _F8 = np.int64, np.float64
 OPERAND = np.dtype([("data", _I8), ("classes", _I8), ("rows", _I8, AXES)])
-_OPERANDS = (
-    "x", "q", "where", "grad", "hess", "label", "indices", "sample", "value", "label_logit", "top", "rank", "spread",
-    "linear",
-)  # fmt: skip
 # fmt: off
 ROW_JOB = np.dtype(
-    [(name, OPERAND) for name in _OPERANDS]
+    [(name, OPERAND) for name in names("XCE_ROW_OPERANDS", "options.h")]
     + [("weight", _I8), ("denominator", _I8)]
     + [(name, _I8) for name in ("n_rows", "n_classes", "n_places", "axes")]
     + [("shape", _I8, AXES)]
     + [(name, _I8) for name in ("what", "phi", "label_kind", "index_kind", "ignore_index", "dense", "teacher",
                                 "q_is_scalar", "cached")]
-    + [(name, _F8) for name in ("parameter", "label_smoothing", "temperature", "softcap", "z_loss")]
+    + [("options", [(name, _F8) for name in NUMBERS])]
 )
 SUM_JOB = np.dtype(
     [(name, OPERAND) for name in ("label", "sample", "left", "value")]
@@ -60,15 +80,15 @@ SUM_JOB = np.dtype(
                                 "n_classes", "axes")]
     + [("shape", _I8, AXES), ("label_kind", _I8), ("ignore_index", _I8), ("factor", _F8)]
 )
-NUMBERS = np.dtype([("data", _I8), ("kind", _I8), ("adjacent", _I8), ("strides", _I8, AXES)])
-_NUMBERS = ("x", "y", "pos_weight", "weight", "sample", "value", "grad", "hess")
+ARRAY = np.dtype([("data", _I8), ("kind", _I8), ("adjacent", _I8), ("strides", _I8, AXES)])
+_ELEMENT_ARRAYS = ("x", "y", "pos_weight", "weight", "sample", "value", "grad", "hess")
 ELEMENT_JOB = np.dtype(
-    [(name, NUMBERS) for name in _NUMBERS]
+    [(name, ARRAY) for name in _ELEMENT_ARRAYS]
     + [("denominator", _I8), ("partials", _I8), ("factor", _F8), ("n", _I8), ("axes", _I8), ("shape", _I8, AXES),
        ("with", _F8, 5)]
 )
 ARRAY_JOB = np.dtype(
-    [(name, NUMBERS) for name in ("x", "out", "weight", "sample")]
+    [(name, ARRAY) for name in ("x", "out", "weight", "sample")]
     + [("n", _I8), ("axes", _I8), ("shape", _I8, AXES)]
     + [(name, _I8) for name in ("classes", "lanes", "what", "n_classes", "ignore_index")]
     + [("low", _F8), ("high", _F8)]
@@ -151,20 +171,6 @@ _STRIDED = Regime(1, 1, 128)
 SPARSE, DENSE, FULL = range(3)  # levels of rows.cu
 
 
-@cache
-def text(*names: str) -> str:
-    """The text of kernels, without the lines that include one file in another: NVRTC gets it in one piece."""
-    # beside the package or, where Python found the bare sources of a checkout, where that is installed
-    places = (files("xce"), *map(Path, xce.__path__))
-    root = next(place / "_cuda" for place in places if (place / "_cuda").is_dir())
-    parts = []
-    for name in names:
-        lines = (root / name).read_text(encoding="utf-8").splitlines()
-        kept = ("" if line.startswith('#include "') else line for line in lines)
-        parts.append(f'#line 1 "{name}"\n' + "\n".join(kept))
-    return "\n".join(parts) + "\n"
-
-
 def source(module: Module) -> str:
     """The text of a module with its definitions.
 
@@ -175,20 +181,12 @@ def source(module: Module) -> str:
     return "".join(f"#define {name} {value}\n" for name, value in definitions) + text(*module.files)
 
 
-@cache
-def names(macro: str) -> tuple[str, ...]:
-    """The losses of a list in formulas.h, where they are numbered in this order."""
-    found = re.search(rf"#define {macro}\(LOSS\)(( *\\\n)?.*LOSS\(\w+\))+", text("formulas.h"))
-    assert found
-    return tuple(re.findall(r"LOSS\((\w+)\)", found[0].partition("(LOSS)")[2]))
-
-
 def phis() -> tuple[str, ...]:
     """The functions of a log-probability, and then those of two."""
     return names("XCE_SOFTMAX_LOSSES") + names("XCE_DIVERGENCES")
 
 
-COMMON = ("cuda/threads.h", "primitives.h", "formulas.h", "cuda/job.h", "cuda/places.h")
+COMMON = ("options.h", "cuda/threads.h", "primitives.h", "formulas.h", "cuda/job.h", "cuda/places.h")
 ROWS = (*COMMON, "cuda/team.h", "cuda/row.h", "cuda/chunks.h", "cuda/entries.h", "cuda/rows.cu")
 SUMS, ELEMENTS = (*COMMON, "cuda/sums.cu"), (*COMMON, "cuda/sums.cu", "cuda/elements.cu")
 ARRAYS = Module("float64", (*ELEMENTS, "cuda/arrays.cu"), (("XCE_ARRAYS", "1"),))  # whatever the logits are
@@ -305,8 +303,8 @@ def _in_wider(call: Any, dtype: np.dtype[Any], device: Device) -> Any:
 
 
 def _loss(call: Call, device: Device) -> tuple[Any, Any, Any]:
-    if call.op == "distillation":
-        common = common_dtype(call.logits.dtype, call.target.dtype)
+    if call.teacher is not None:
+        common = common_dtype(call.logits.dtype, call.teacher.dtype)
         if common != call.logits.dtype:
             return _in_wider(call, common, device)  # type: ignore[no-any-return]
     value = device.empty(_rows_of(call), _scalar(call.logits))
@@ -317,13 +315,12 @@ def _loss(call: Call, device: Device) -> tuple[Any, Any, Any]:
 
 def denominator_of_mean(device: Device, call: Call) -> Any:
     """The denominator of "mean", float64, on the device; NaN if it is a sum of weights that cancel."""
-    is_index, scalar = call.target.ndim < call.logits.ndim, _scalar(call.logits)
-    weight, sample = _weights(device, call, scalar)
-    # class weights do not count for probabilities
-    label, weight = (call.target, weight) if is_index else (None, None)
+    weight, sample = _weights(device, call, _scalar(call.logits))
+    if call.labels is None:  # class weights do not count for probabilities
+        weight = None
     left = None if call.where is None else classes_left(call.where, call.axis, device)
     result = device.empty((1,), np.float64)
-    arrays = {"label": label, "sample": sample, "left": left}
+    arrays = {"label": call.labels, "sample": sample, "left": left}
     _sum(device, call, arrays, weight, result, None, None, _rows_of(call))
     return result
 
@@ -339,8 +336,7 @@ def row_losses(device: Device, call: Call, value: Any, denominator: Any) -> tupl
     """Write the losses of the rows into `value`; their gradients over the denominator, and Hessian diagonals."""
     logits = call.logits
     scalar = _scalar(logits)
-    is_index = call.target.ndim < logits.ndim
-    label, q = (call.target, None) if is_index else (None, call.target)
+    q = call.probabilities if call.teacher is None else call.teacher
     grad = _buffer(device, logits, call.grad_out) if call.return_grad else None
     hess = _buffer(device, logits, call.hess_out) if call.return_hess else None
     if (
@@ -351,23 +347,15 @@ def row_losses(device: Device, call: Call, value: Any, denominator: Any) -> tupl
         # the sparse teacher's classes are read again after the rows are written
         logits = convert(device, logits, device.empty(logits.shape, logits.dtype))
     if q is not None and q.dtype != logits.dtype:
-        q = cast(device, q, logits.dtype if call.op == "distillation" else scalar)
+        q = cast(device, q, scalar if call.teacher is None else logits.dtype)
     weight, sample = _weights(device, call, scalar)
     if logits.size:
-        options = {
-            "phi": phis().index(call.phi),
-            "parameter": call.phi_param,
-            "dense": (q is not None and call.teacher_indices is None) or call.label_smoothing != 0,
-            "teacher": call.op == "distillation",
-            "label_smoothing": call.label_smoothing,
-            "z_loss": call.z_loss,
-            "softcap": call.softcap or 0.0,
-        }
         arrays = {
-            "x": logits, "q": q, "where": call.where, "grad": grad, "hess": hess, "label": label, "sample": sample,
-            "value": value, "indices": call.teacher_indices, "weight": weight, "denominator": denominator,
+            "x": logits, "q": q, "where": call.where, "grad": grad, "hess": hess, "label": call.labels,
+            "indices": call.teacher_indices, "sample": sample, "value": value, "weight": weight,
+            "denominator": denominator,
         }  # fmt: skip
-        _rows(device, call, "nll" if call.op == "nll" else "loss", arrays, options)
+        _rows(device, call, "nll" if call.op == "nll" else "loss", arrays)
     return grad, hess
 
 
@@ -376,16 +364,18 @@ def _rows_of(call: Any) -> tuple[int, ...]:
     return shape[: call.axis] + shape[call.axis + 1 :]
 
 
-def _rows(device: Device, call: Call, what: str, arrays: dict[str, Any], options: dict[str, Any]) -> None:
+def _rows(device: Device, call: Call, what: str, arrays: dict[str, Any]) -> None:
     """Launch the kernel of the rows."""
     x, axis = arrays["x"], call.axis
     places = Rows(x.shape, axis, {n: a for n, a in arrays.items() if n not in ("weight", "denominator")})
     job = np.zeros((), ROW_JOB)
     places.enter(device, job, arrays)
-    job["what"], job["n_classes"], job["temperature"] = _WHAT[what], x.shape[axis], call.temperature
-    job["ignore_index"] = call.ignore_index
-    for name, value in options.items():
-        job[name] = value
+    job["what"], job["n_classes"], job["options"] = _WHAT[what], x.shape[axis], tuple(call.numbers)
+    job["ignore_index"], job["teacher"] = call.ignore_index, call.teacher is not None
+    job["dense"] = call.probabilities is not None or call.numbers.label_smoothing != 0
+    if call.teacher is not None:
+        job["dense"] = call.teacher_indices is None
+    job["phi"] = phis().index(call.loss) if call.loss else 0
     for name in ("label", "indices"):
         if arrays.get(name) is not None:
             job["index_kind" if name == "indices" else "label_kind"] = number_kind(arrays[name].dtype)
@@ -417,7 +407,7 @@ def _rows(device: Device, call: Call, what: str, arrays: dict[str, Any], options
 def _level(job: Any, call: Call) -> int:
     """How general a row is."""
     is_dense = bool(job["dense"]) or int(job["what"]) == _WHAT["state"]
-    is_transformed = job["softcap"] or call.temperature != 1 or call.where is not None
+    is_transformed = call.numbers.softcap or call.numbers.temperature != 1 or call.where is not None
     if is_transformed or job["teacher"] or (is_dense and job["phi"]):
         return FULL
     return DENSE if is_dense else SPARSE
@@ -664,14 +654,14 @@ def _array_job(device: Device, x: Any, out: Any = None) -> Any:
 def _map(call: Call, device: Device) -> Any:
     out = _buffer(device, call.logits, call.grad_out)
     if out.size:
-        _rows(device, call, call.op, {"x": call.logits, "where": call.where, "grad": out}, {})
+        _rows(device, call, call.op, {"x": call.logits, "where": call.where, "grad": out})
     return out
 
 
 def _logsumexp(call: Call, device: Device) -> Any:
     lse = device.empty(_rows_of(call), _scalar(call.logits))
     if call.logits.size:
-        _rows(device, call, "logsumexp", {"x": call.logits, "where": call.where, "value": lse}, {})
+        _rows(device, call, "logsumexp", {"x": call.logits, "where": call.where, "value": lse})
     return lse
 
 
@@ -680,11 +670,11 @@ def _stats(call: Call, device: Device) -> LogitStats:
     lse, target, entropy = (device.empty(rows, _scalar(call.logits)) for _ in range(3))
     top, rank = (device.empty(rows, np.int64) for _ in range(2))
     arrays = {
-        "x": call.logits, "label": call.target, "value": lse, "label_logit": target, "top": top, "rank": rank,
+        "x": call.logits, "label": call.labels, "value": lse, "label_logit": target, "top": top, "rank": rank,
         "spread": entropy,
     }  # fmt: skip
     if call.logits.size:
-        _rows(device, call, "stats", arrays, {})
+        _rows(device, call, "stats", arrays)
     return LogitStats(lse, target, top, rank, entropy)
 
 
@@ -693,11 +683,11 @@ def _state(call: Call, device: Device) -> tuple[Any, Any, Any, Any]:
     scalar = _scalar(call.logits)
     top, rest, label_logit, linear = (device.empty(_rows_of(call), scalar) for _ in range(4))
     arrays = {
-        "x": call.logits, "label": call.target, "value": top, "spread": rest, "label_logit": label_logit,
+        "x": call.logits, "label": call.labels, "value": top, "spread": rest, "label_logit": label_logit,
         "linear": linear, "weight": None if call.weight is None else _side_by_side(device, call.weight, scalar),
     }  # fmt: skip
     if call.logits.size:
-        _rows(device, call, "state", arrays, {})
+        _rows(device, call, "state", arrays)
     return top, rest, label_logit, linear
 
 

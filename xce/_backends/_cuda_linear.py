@@ -61,7 +61,7 @@ def run(call: LinearCall, device: Device) -> tuple[Any, tuple[Any, Any, Any]]:
         logits, g = layer.forward(part)
         chunk = loss._replace(logits=logits, axis=1, grad_out=g if loss.return_grad else None, **{
             name: _rows_of(device, getattr(loss, name), loss.logits.ndim - 1, part)
-            for name in ("target", "sample_weight", "where")
+            for name in ("labels", "probabilities", "sample_weight", "where")
         })  # fmt: skip
         _cuda.row_losses(device, chunk, value[part], share)
         if loss.return_grad:
@@ -116,12 +116,12 @@ def _chunk_rows(call: LinearCall, device: Device) -> int:
     n_rows = max(math.prod(rows), 1)
     if call.chunk_rows is not None:
         return min(call.chunk_rows, n_rows, LARGEST)
-    scalar, dtype, target = _scalar(call.loss), call.inputs.dtype, call.loss.target
+    scalar, dtype, probabilities = _scalar(call.loss), call.inputs.dtype, call.loss.probabilities
     per_class = scalar.itemsize
     if call.loss.return_grad and dtype != scalar:
         per_class += dtype.itemsize
-    if target.ndim > len(rows) and target.dtype != scalar:
-        per_class += scalar.itemsize  # probabilities are converted
+    if probabilities is not None and probabilities.dtype != scalar:
+        per_class += scalar.itemsize  # they are converted
     row_bytes = n_classes * per_class + int(call.inputs.shape[-1]) * dtype.itemsize
     limit = min(CHUNK_ROWS, max(device.memory_bytes // CHUNK_SHARE // row_bytes, 1))
     return int(-(-n_rows // -(-n_rows // limit)))
@@ -141,7 +141,7 @@ class _Layer:
         self.d_inputs: Any = None if d_inputs is None else _range(device, d_inputs, n_axes)
         left = None if loss.where is None else _cuda.classes_left(loss.where, n_axes, device)
         ranges = {
-            "label": loss.target if loss.target.ndim == n_axes else None,
+            "label": loss.labels,
             "sample": loss.sample_weight,
             "left": left,
         }

@@ -17,7 +17,7 @@ import numpy as np
 
 from xce._backends import _scan
 from xce._backends import numpy as backend
-from xce._backends._numbers import is_beyond, number_kind
+from xce._backends._numbers import is_beyond
 from xce._call import Call, LinearCall
 
 # Tuning, measured on two cores of an AMD EPYC (Zen 4) with OpenBLAS, float32, width 512, 32000 classes: milliseconds of
@@ -38,9 +38,10 @@ def _loss(call: LinearCall, dtype: np.dtype[Any], denominator: float, layer: _La
     """The loss, as `layer` computes the logits; its gradients are written."""
     loss, rows, n_classes = call.loss, call.loss.logits.shape[:-1], call.weight.shape[0]
     n_rows, step = math.prod(rows), _chunk_rows(call, dtype)
-    inputs, target = _Rows(call.inputs, rows), _Rows(loss.target, rows)
-    where, sample_weight, d_inputs = (
-        None if a is None else _Rows(a, rows) for a in (loss.where, loss.sample_weight, x_out)
+    inputs = _Rows(call.inputs, rows)
+    labels, probabilities, sample_weight, where, d_inputs = (
+        None if a is None else _Rows(a, rows)
+        for a in (loss.labels, loss.probabilities, loss.sample_weight, loss.where, x_out)
     )
     result = np.dtype("float64" if loss.logits.dtype == np.float64 else "float32")
     value = np.zeros(n_rows, result) if loss.reduction == "none" else None
@@ -50,9 +51,8 @@ def _loss(call: LinearCall, dtype: np.dtype[Any], denominator: float, layer: _La
     total, chunk = 0.0, np.empty((min(step, n_rows), n_classes), dtype)
     for start in range(0, n_rows, step):
         part = slice(start, min(start + step, n_rows))
-        which, targets, weights, left = _counted(
-            part, target[part], loss.ignore_index, *(None if a is None else a[part] for a in (sample_weight, where))
-        )
+        of_rows = (None if a is None else a[part] for a in (labels, probabilities, sample_weight, where))
+        which, y, q, weights, left = _counted(part, loss.ignore_index, *of_rows)
         x = _matrix(inputs[which], dtype)
         g = chunk[: len(x)]
         layer.forward(x, g)
@@ -60,7 +60,7 @@ def _loss(call: LinearCall, dtype: np.dtype[Any], denominator: float, layer: _La
         s = s.astype(dtype, copy=False)
         s[s == 0] = np.finfo(dtype).smallest_subnormal  # these rows count
         losses = backend.run(loss._replace(
-            logits=g, axis=1, target=targets, sample_weight=s, reduction="none",
+            logits=g, axis=1, labels=y, probabilities=q, sample_weight=s, reduction="none",
             where=left, grad_out=g if loss.return_grad else None,
         ))[0]  # fmt: skip
         total += float(losses.sum(dtype=np.float64))
@@ -81,20 +81,20 @@ def _loss(call: LinearCall, dtype: np.dtype[Any], denominator: float, layer: _La
 
 
 def _counted(
-    part: slice, target: Any, ignore_index: int, sample_weight: Any, where: Any
-) -> tuple[slice | Any, Any, Any, Any]:
+    part: slice, ignore_index: int, labels: Any, probabilities: Any, sample_weight: Any, where: Any
+) -> tuple[slice | Any, Any, Any, Any, Any]:
     """The rows of a part that count, by their flat numbers; their targets, weights and classes."""
-    kept = np.ones(len(target), np.bool_)
-    if target.ndim == 1:
-        target = target.copy()  # read once: another thread may change them
-        kept = ~_scan.is_label(target, ignore_index)
+    kept = np.ones(part.stop - part.start, np.bool_)
+    if labels is not None:
+        labels = labels.copy()  # read once: another thread may change them
+        kept = ~_scan.is_label(labels, ignore_index)
     if sample_weight is not None:
         kept &= _scan.widen(sample_weight) != 0
     if where is not None:
         kept &= backend.classes_left(where, 1)
     if kept.all():
-        return part, target, sample_weight, where
-    own = (None if a is None else a[kept] for a in (target, sample_weight, where))
+        return part, labels, probabilities, sample_weight, where
+    own = (None if a is None else a[kept] for a in (labels, probabilities, sample_weight, where))
     return part.start + np.flatnonzero(kept), *own
 
 
@@ -112,9 +112,7 @@ def _precision(loss: Call) -> tuple[np.dtype[Any], float]:
         return dtype, 1.0
     kernels, _ = backend._load(dtype)
     weight = None if loss.weight is None else np.ascontiguousarray(backend._cast(loss.weight, dtype))
-    labels = loss.target if loss.target.ndim < loss.logits.ndim else None
-    kind = 0 if labels is None else number_kind(labels.dtype)
-    denominator = backend._denominator(kernels, loss, labels, kind, weight, loss.sample_weight)
+    denominator = backend._denominator(kernels, loss, weight)
     return np.dtype("float64") if is_beyond(denominator) else dtype, denominator
 
 

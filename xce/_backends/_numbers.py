@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from xce._backends._scan import BFLOAT16
+from xce._options import Numbers
 
 FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 
@@ -22,7 +23,7 @@ _OF_ML_DTYPES = {"bfloat16": BFLOAT16_KIND, "int4": 21, "uint4": 22}  # the latt
 SWAPPED = 128  # is added for numbers whose bytes lie the other way round
 
 SMALLEST, LARGEST = 1e-30, 1e30  # what float32 computes with, far from its ends
-_PLAIN = (0.0, 1.0, None, 0.0)  # the real options of a `Call`, if nothing is asked for
+_PLAIN = Numbers()[1:]  # the options that are numbers, if nothing is asked for
 
 
 def common_dtype(a: Any, b: Any) -> np.dtype[Any]:
@@ -52,14 +53,15 @@ def number_kind(dtype: np.dtype[Any]) -> int:
 def is_plain(call: Any) -> bool:
     """Whether a `Call` has no numbers but the logits."""
     return (
-        call[10:14] == _PLAIN and call.weight is None and call.sample_weight is None and not is_beyond(call.phi_param)
+        call.numbers[1:] == _PLAIN
+        and call.weight is call.sample_weight is None
+        and not is_beyond(call.numbers.parameter)
     )
 
 
 def has_options_beyond(call: Any) -> bool:
     """Whether an option of a `Call` is beyond float32."""
-    options = call.phi_param, call.label_smoothing, call.temperature, call.softcap or 0.0, call.z_loss
-    return any(map(is_beyond, options))
+    return any(map(is_beyond, call.numbers))
 
 
 def unbounded(call: Any) -> tuple[Any, ...]:

@@ -14,14 +14,11 @@ from xce._backends._numbers import (
     FLOAT32,
     FLOAT64,
     LARGEST,
-    NUMBER_KINDS,
     SMALLEST,
-    SWAPPED,
     distinct,
     has_options_beyond,
     is_beyond,
     is_plain,
-    number_kind,
     unbounded,
 )
 from xce._call import Call, LinearCall, LogitStats, dtype_name
@@ -33,8 +30,9 @@ __all__ = [
 ]  # fmt: skip
 
 # what `run` of the kernels is to compute
-_LOSS, _SOFTMAX, _LOG_SOFTMAX, _LOGSUMEXP, _STATS, _STATE, _NLL = range(7)
-_MAPS = {"softmax": _SOFTMAX, "log_softmax": _LOG_SOFTMAX}
+_WHAT = {
+    "loss": 0, "distillation": 0, "softmax": 1, "log_softmax": 2, "logsumexp": 3, "stats": 4, "state": 5, "nll": 6
+}  # fmt: skip
 # what its scans look for, see elements.h
 _OUTSIDE, _OUTSIDE_OR_INFINITE, _BEYOND = range(3)
 # whose numbers are numbers of float32, too
@@ -75,11 +73,7 @@ def scan_labels(target: Any, n_classes: int, ignore_index: int, weights: tuple[A
 
     Labels that one of the weights, arrays of the same shape, is 0 for are left out.
     """
-    kind = NUMBER_KINDS.get(target.dtype) or number_kind(target.dtype)
-    kinds = tuple(number_kind(w.dtype) for w in weights) if weights else ()
-    return _cpu.kernels("float32").scan_labels(  # type: ignore[no-any-return]
-        target, kind, n_classes, ignore_index, weights, kinds
-    )
+    return _cpu.kernels("float32").scan_labels(target, n_classes, ignore_index, weights)  # type: ignore[no-any-return]
 
 
 def scan_repetitions(indices: Any, n_classes: int, weights: tuple[Any, ...]) -> tuple[int, int]:
@@ -87,10 +81,7 @@ def scan_repetitions(indices: Any, n_classes: int, weights: tuple[Any, ...]) -> 
 
     The places of a row are on the last axis. Rows that one of the weights, of the rows' shape, is 0 for are left out.
     """
-    kinds = tuple(number_kind(w.dtype) for w in weights)
-    return _cpu.kernels("float32").scan_repetitions(  # type: ignore[no-any-return]
-        indices, number_kind(indices.dtype), n_classes, weights, kinds
-    )
+    return _cpu.kernels("float32").scan_repetitions(indices, n_classes, weights)  # type: ignore[no-any-return]
 
 
 def classes_left(where: Any, axis: int) -> Any:
@@ -112,11 +103,8 @@ def scan_values(values: Any, low: float, high: float | None, weights: tuple[Any,
 
 
 def _scan_range(values: Any, weights: tuple[Any, ...], low: float, high: float, what: int) -> int:
-    kernels, kinds = _readers(values, *weights), tuple(number_kind(w.dtype) for w in weights)
-    team = _team(None, values.size)
-    return kernels.scan_range(  # type: ignore[no-any-return]
-        values, number_kind(values.dtype), weights, kinds, low, high, what, team
-    )
+    kernels, team = _readers(values, *weights), _team(None, values.size)
+    return kernels.scan_range(values, weights, low, high, what, team)  # type: ignore[no-any-return]
 
 
 def _readers(*arrays: Any) -> ModuleType:
@@ -159,53 +147,40 @@ def _rows(call: Call) -> tuple[int, ...]:
 
 
 def _loss(call: Call, kernels: ModuleType, scalar: np.dtype[Any]) -> Any:
-    # fmt: off
-    (
-        op, phi, phi_param, logits, axis, target, weight, sample_weight, where, ignore_index, label_smoothing,
-        temperature, softcap, z_loss, reduction, return_grad, return_hess, grad, hess, n_threads, *_,
-    ) = call
-    # fmt: on
-    label, kind, q, phis = target, 0, None, "PHI"
-    indices = call.teacher_indices
-    if op == "distillation":
-        label, q, phis = None, target, "DIVERGENCES"
-    elif target.ndim == logits.ndim:
-        label, q = None, target
-    else:
-        kind = NUMBER_KINDS.get(target.dtype) or number_kind(target.dtype)
-    denominator, value, dtype = 1.0, None, scalar
+    logits, weight, dtype = call.logits, None, scalar
     if scalar is not FLOAT64 and _rows_need_float64(call):
         kernels, dtype = _load(FLOAT64)
-    if weight is not None:
+    if call.weight is not None:
         weight = _class_weight(call, dtype)
-    if reduction == "mean":
-        denominator = _denominator(kernels, call, label, kind, weight, sample_weight)
+    denominator, value = 1.0, None
+    if call.reduction == "mean":
+        denominator = _denominator(kernels, call, weight)
         if not SMALLEST < denominator < LARGEST and is_beyond(denominator) and dtype is not FLOAT64:
             kernels, dtype = _load(FLOAT64)
             weight = _class_weight(call, dtype)
-            denominator = _denominator(kernels, call, label, kind, weight, sample_weight)
-    elif reduction == "none":
+            denominator = _denominator(kernels, call, weight)
+    elif call.reduction == "none":
         value = np.empty(_rows(call), scalar)
-    if return_grad and grad is None:
+    grad, hess = call.grad_out, call.hess_out
+    if call.return_grad and grad is None:
         grad = _like(logits)
-    if return_hess and hess is None:
+    if call.return_hess and hess is None:
         hess = _like(logits)
 
-    total, size = 0.0, logits.size
-    if size:
-        kinds = None
-        if dtype is not scalar or not (q is sample_weight is None) or not logits.dtype.isnative:
-            kinds = _kinds(scalar, dtype, logits, q, grad, hess, sample_weight, value)
-        total = kernels.run(
-            _NLL if op == "nll" else _LOSS, getattr(kernels, phis)[phi], phi_param, logits, axis, label, kind, q, where,
-            weight, sample_weight, ignore_index, label_smoothing, temperature, softcap or 0.0, z_loss,
-            1.0 / denominator if denominator else 0.0, value, grad, hess, None, None, None, None, None,
-            1 if size < _threads.SERIAL_BELOW else _threads.team(n_threads, size),
-            indices, 0 if indices is None else number_kind(indices.dtype), kinds,
-        )  # fmt: skip
+    total = 0.0
+    if logits.size:
+        losses = kernels.PHI if call.teacher is None else kernels.DIVERGENCES
+        operands = {
+            "x": logits, "q": call.probabilities if call.teacher is None else call.teacher, "where": call.where,
+            "grad": grad, "hess": hess, "label": call.labels, "indices": call.teacher_indices,
+            "sample": call.sample_weight, "value": value, "weight": weight,
+        }  # fmt: skip
+        scale, team = 1.0 / denominator if denominator else 0.0, _team(call.n_threads, logits.size)
+        loss = losses[call.loss]
+        total = kernels.run(_WHAT[call.op], loss, call.numbers, call.ignore_index, operands, call.axis, scale, team)
     if value is not None:
         return value, grad, hess
-    if reduction == "mean":
+    if call.reduction == "mean":
         total = total / denominator if denominator else math.nan
     return _scalar(total, scalar), grad, hess
 
@@ -223,36 +198,15 @@ def _like(x: Any) -> Any:
     return np.empty_like(x, x.dtype if x.dtype.isnative else x.dtype.newbyteorder("="), subok=False)
 
 
-def _kinds(
-    scalar: np.dtype[Any],
-    dtype: np.dtype[Any],
-    logits: Any,
-    q: Any,
-    grad: Any,
-    hess: Any,
-    sample_weight: Any,
-    value: Any,
-) -> tuple[int, ...]:
-    """The types of arrays for kernels that compute in `dtype`, logits being computed on in `scalar` otherwise.
-
-    0 is the kernels' own, and nothing is converted beforehand.
-    """
-    of_rows = number_kind(dtype)
-    own = of_rows if dtype is not scalar else number_kind(logits.dtype) % SWAPPED
-    entries = (0 if a is None or (kind := number_kind(a.dtype)) == own else kind for a in (logits, q, grad, hess))
-    rows = (0 if a is None or (kind := number_kind(a.dtype)) == of_rows else kind for a in (sample_weight, value))
-    return *entries, *rows
-
-
 def _class_weight(call: Call, dtype: np.dtype[Any]) -> Any:
     return None if call.weight is None else np.ascontiguousarray(_cast(call.weight, dtype))
 
 
 def _rows_need_float64(call: Call) -> bool:
     """Whether float32 cannot hold an option or a weight of a call; or it has a float64 teacher."""
-    if is_plain(call):
-        return call.op == "distillation" and dtype_name(call.target.dtype) == "float64"
-    return _is_beyond_float32(call) or (call.op == "distillation" and dtype_name(call.target.dtype) == "float64")
+    if call.teacher is not None and dtype_name(call.teacher.dtype) == "float64":
+        return True
+    return not is_plain(call) and _is_beyond_float32(call)
 
 
 def _is_beyond_float32(call: Call) -> bool:
@@ -286,19 +240,18 @@ def _narrow(x: Any, logits: Any, out: Any) -> Any:
     return out
 
 
-def _denominator(kernels: ModuleType, call: Call, label: Any, kind: int, weight: Any, sample_weight: Any) -> float:
+def _denominator(kernels: ModuleType, call: Call, weight: Any) -> float:
     """What the mean divides by: a sum of weights, and NaN where these are not 0 but cancel."""
     n_classes = call.logits.shape[call.axis]
     n_rows = call.logits.size // n_classes
-    if label is None and sample_weight is call.where is None:
+    if call.labels is call.sample_weight is call.where is None:
         return float(n_rows)
-    w = None if label is None else weight  # class weights do not count for probabilities
-    sample_kind = 0 if sample_weight is None else number_kind(sample_weight.dtype)
+    w = None if call.labels is None else weight  # class weights do not count for probabilities
     where = None if call.where is None else np.moveaxis(call.where, call.axis, -1)
     total, has_terms = 0.0, False
     for start in range(0, n_rows, _SUMMED):
         subtotal, is_any = kernels.denominator(
-            label, kind, n_classes, call.ignore_index, w, sample_weight, sample_kind, where,
+            call.labels, n_classes, call.ignore_index, w, call.sample_weight, where,
             start, min(start + _SUMMED, n_rows),
         )  # fmt: skip
         total, has_terms = total + subtotal, has_terms or is_any
@@ -307,13 +260,13 @@ def _denominator(kernels: ModuleType, call: Call, label: Any, kind: int, weight:
 
 def _map(call: Call, kernels: ModuleType, scalar: np.dtype[Any]) -> Any:
     out = _like(call.logits) if call.grad_out is None else call.grad_out
-    _run_rows(call, kernels, scalar, _MAPS[call.op], grad=out)
+    _run_rows(call, kernels, scalar, {"where": call.where, "grad": out})
     return out
 
 
 def _logsumexp(call: Call, kernels: ModuleType, scalar: np.dtype[Any]) -> Any:
     lse = np.empty(_rows(call), scalar)
-    _run_rows(call, kernels, scalar, _LOGSUMEXP, value=lse)
+    _run_rows(call, kernels, scalar, {"where": call.where, "value": lse})
     return lse
 
 
@@ -321,37 +274,18 @@ def _stats(call: Call, kernels: ModuleType, scalar: np.dtype[Any]) -> LogitStats
     rows = _rows(call)
     lse, label_logit, entropy = (np.empty(rows, scalar) for _ in range(3))
     top, rank = (np.empty(rows, np.int64) for _ in range(2))
-    _run_rows(call, kernels, scalar, _STATS, value=lse, label_logit=label_logit, top=top, rank=rank, spread=entropy)
+    outputs = {"value": lse, "label_logit": label_logit, "top": top, "rank": rank, "spread": entropy}
+    _run_rows(call, kernels, scalar, {"label": call.labels} | outputs)
     return LogitStats(lse, label_logit, top, rank, entropy)
 
 
-def _run_rows(
-    call: Call,
-    kernels: ModuleType,
-    scalar: np.dtype[Any],
-    what: int,
-    *,
-    value: Any = None,
-    grad: Any = None,
-    label_logit: Any = None,
-    top: Any = None,
-    rank: Any = None,
-    spread: Any = None,
-    linear: Any = None,
-) -> None:
+def _run_rows(call: Call, kernels: ModuleType, scalar: np.dtype[Any], operands: dict[str, Any]) -> None:
     """Whatever is not a loss."""
     if call.logits.size:
-        dtype, kinds = scalar, None
         if scalar is not FLOAT64 and _rows_need_float64(call):
-            kernels, dtype = _load(FLOAT64)
-        if dtype is not scalar or not call.logits.dtype.isnative:
-            kinds = _kinds(scalar, dtype, call.logits, None, grad, None, None, value)
-        kernels.run(
-            what, 0, 0.0, call.logits, call.axis, call.target,
-            0 if call.target is None else number_kind(call.target.dtype), None, call.where, call.weight, None,
-            call.ignore_index, 0.0, call.temperature, call.softcap or 0.0, 0.0, 1.0, value, grad, None,
-            label_logit, top, rank, spread, linear, _threads.team(call.n_threads, call.logits.size), None, 0, kinds,
-        )  # fmt: skip
+            kernels, _ = _load(FLOAT64)
+        operands, team = {"x": call.logits} | operands, _team(call.n_threads, call.logits.size)
+        kernels.run(_WHAT[call.op], 0, call.numbers, call.ignore_index, operands, call.axis, 1.0, team)
 
 
 def _cast(x: Any, dtype: np.dtype[Any]) -> Any:
@@ -367,8 +301,8 @@ def _state(call: Call, kernels: ModuleType, scalar: np.dtype[Any]) -> tuple[Any,
     # where float32 is too narrow, for the host as well
     dtype = FLOAT64 if _rows_need_float64(call) else scalar
     top, rest, label_logit, linear = (np.empty(_rows(call), dtype) for _ in range(4))
-    call = call._replace(weight=_class_weight(call, dtype))
-    _run_rows(call, kernels, scalar, _STATE, value=top, spread=rest, label_logit=label_logit, linear=linear)
+    outputs = {"value": top, "spread": rest, "label_logit": label_logit, "linear": linear}
+    _run_rows(call, kernels, scalar, {"label": call.labels, "weight": _class_weight(call, dtype)} | outputs)
     return top, rest, label_logit, linear
 
 
@@ -394,15 +328,12 @@ def _elements(call: ElementCall) -> Any:
     total, size = 0.0, x.size
     if size:
         operands: tuple[Any, ...] = x, call.target, *weights, value, grad, hess
-        own_kind = number_kind(dtype)
         if scalar is not FLOAT64 and _needs_float64(call, denominator):
-            kernels, own_kind = _cpu.kernels("float64"), -1
-        # 0 is the storage type of the kernels
-        kinds = tuple(0 if a is None or (k := number_kind(a.dtype)) == own_kind else k for a in operands)
+            kernels = _cpu.kernels("float64")
         if axis is not None:  # the classes last, for the means of rows
             operands = tuple(a if a is None or a is value else np.moveaxis(a, axis, -1) for a in operands)
         total = kernels.run_elements(
-            kernels.ELEMENT_FORMULAS[call.formula], call.params, operands, kinds,
+            kernels.ELEMENT_FORMULAS[call.formula], call.params, operands,
             1.0 / denominator if denominator else math.nan, row, _team(call.n_threads, size),
         )  # fmt: skip
     if value is None:
@@ -424,7 +355,7 @@ def _needs_float64(call: ElementCall, denominator: float) -> bool:
 def _sum(x: Any) -> float:
     """The sum of a broadcast array, always added in the same order."""
     once = distinct(x)
-    total = _readers(once).sum_range(once, number_kind(once.dtype), _team(None, once.size))
+    total = _readers(once).sum_range(once, _team(None, once.size))
     return float(total) * (int(x.size) // max(int(once.size), 1))
 
 

@@ -1,0 +1,19 @@
+/* What a job of rows is made of, on both processors. */
+#ifndef XCE_OPTIONS_H
+#define XCE_OPTIONS_H
+
+/* The options that are numbers. xce/_options.py has their defaults and documentation, in this order; `parameter` is the
+ * loss's own, a softcap of 0 is none. */
+#define XCE_ROW_OPTIONS(OPTION) OPTION(parameter) OPTION(label_smoothing) OPTION(temperature) OPTION(softcap) OPTION(z_loss)
+
+#define XCE_FIELD(name) double name;
+typedef struct { XCE_ROW_OPTIONS(XCE_FIELD) } row_options;
+#undef XCE_FIELD
+
+/* The arrays. q: probabilities, or a teacher's logits; indices: the classes that these are of. The first five have the class
+ * axis and are as long as there. */
+#define XCE_ROW_OPERANDS(OPERAND) \
+    OPERAND(x) OPERAND(q) OPERAND(where) OPERAND(grad) OPERAND(hess) OPERAND(label) OPERAND(indices) OPERAND(sample) \
+    OPERAND(value) OPERAND(label_logit) OPERAND(top) OPERAND(rank) OPERAND(spread) OPERAND(linear)
+
+#endif
