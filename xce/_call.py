@@ -17,7 +17,7 @@ from xce._dispatch import device_of, namespace, owner_of, placed, view, view_buf
 from xce._options import DEFAULTS, NUMBERS, Numbers, checked
 
 __all__ = [
-    "Array", "Call", "LinearCall", "LogitStats", "divergence_call", "dtype_name", "finish", "linear_call", "map_call",
+    "Array", "Call", "LinearCall", "LogitStats", "divergence_call", "dtype_name", "finish", "linear_call", "map_call", "nll",
     "outputs", "row_call", "row_loss", "thread_count",
 ]  # fmt: skip
 
@@ -85,20 +85,17 @@ class LogitStats(NamedTuple):
     entropy: Array
 
 
-def row_loss(
-    function: str,
-    parameter: float,
-    logits: Array,
-    target: Array,
-    options: Any,
-    *,
-    op: str = "loss",
-    name: str = "logits",
-) -> Any:
-    """Return what a public loss of rows returns; `name` is what it calls the logits."""
-    owner, options = owner_of(logits, name), checked(function, options)
-    loss = "cross_entropy" if op == "nll" else function
-    call = row_call(owner, op, loss, parameter, logits, target, options, name)
+def row_loss(function: str, parameter: float, logits: Array, target: Array, options: Any) -> Any:
+    """Return what a public loss of rows returns; plain calls are answered by `_core` before they come here."""
+    owner, options = owner_of(logits, "logits"), checked(function, options)
+    call = row_call(owner, "loss", function, parameter, logits, target, options)
+    return finish(owner, call, owner.run(call))
+
+
+def nll(log_probs: Array, target: Array, options: Any) -> Any:
+    """Return what `nll_loss` returns."""
+    owner, options = owner_of(log_probs, "log_probs"), checked("nll_loss", options)
+    call = row_call(owner, "nll", "cross_entropy", 0.0, log_probs, target, options, "log_probs")
     return finish(owner, call, owner.run(call))
 
 

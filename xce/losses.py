@@ -6,9 +6,10 @@ import math
 from typing import Any, Literal, Unpack
 
 from xce import _check as check
-from xce._call import Array, LogitStats, divergence_call, finish, finish_linear, linear_call, row_call, row_loss
+from xce._call import Array, LogitStats, divergence_call, finish, finish_linear, linear_call, nll, row_call
+from xce._core import element_loss, row_loss
 from xce._dispatch import owner_of
-from xce._elements import SIGNS, ElementLoss, element_loss, logit_in_two_parts
+from xce._elements import SIGNS, ElementLoss, logit_in_two_parts
 from xce._options import (
     CrossEntropyOptions,
     DistillationOptions,
@@ -277,7 +278,7 @@ def nll_loss(
     >>> print(f"{xce.nll_loss(log_probs, np.array([0, 2])):.6f}")
     0.458145
     """
-    return row_loss("nll_loss", 0.0, log_probs, target, options, op="nll", name="log_probs")
+    return nll(log_probs, target, options)
 
 
 @takes(DistillationOptions, like=cross_entropy)

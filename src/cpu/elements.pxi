@@ -5,6 +5,10 @@ already are, in place), and computed on by the loops of elements.h. Blocks, and 
 shape alone.
 """
 
+cdef extern from "cpu/front.h" nogil:
+    enum:
+        PARAMETERS "XCE_PARAMETERS"
+
 cdef extern from "cpu/elements.h" nogil:
     enum:
         ELEMENTS "XCE_ELEMENTS"
@@ -50,7 +54,6 @@ cdef extern from "cpu/elements.h" nogil:
 cdef enum:
     UNIT_BLOCKS = 64           # a thread's portion
     SCANNED_UNITS = 256        # that are given out at a time, where numbers are only read
-    PARAMETERS = 5
 
 cdef enum:
     E_X, E_Y, E_POS_WEIGHT, E_WEIGHT, E_SAMPLE, E_INPUTS
@@ -124,6 +127,11 @@ cdef void walk(Walk *w, object array) except *:
         w.strides[w.axes - 1] = cnp.PyArray_STRIDE(a, i)
     if w.axes == 0:
         w.axes, w.shape[0], w.strides[0] = 1, 1, 0
+
+
+cdef void walk_plain(Walk *w, char *data, Py_ssize_t stride, int kind, Py_ssize_t n) noexcept:
+    """Enter numbers in even steps, or nothing."""
+    w.data, w.kind, w.axes, w.shape[0], w.strides[0] = data, kind, 1, n, stride
 
 
 cdef inline char *place_in(const Walk *w, Py_ssize_t flat, Py_ssize_t *left) noexcept nogil:
@@ -255,40 +263,43 @@ cdef double element_unit(const Elements *job, Py_ssize_t index, ElementDesk *des
 ELEMENT_FORMULAS = {(<bytes>ELEMENT_NAMES[_i]).decode(): _i for _i in range(ELEMENT_COUNT)}
 
 
-def run_elements(
-    int formula, tuple params, tuple arrays, double scale, Py_ssize_t row, int n_threads
-):
+def run_elements(int formula, tuple params, tuple arrays, double scale, Py_ssize_t row, int n_threads):
     """Compute a formula for every element of arrays of one shape; the sum of the values.
 
     `arrays` are x, y, pos_weight, weight, sample_weight, value, grad and hess, or None: of numbers of any type the
     inputs, of floats of native byte order the others. `value` is in C order: an entry for each element or, if `row` is
     not 0, the mean of each `row` elements, the length of the last axis.
     """
-    cdef bytes order = PyBytes_FromStringAndSize(NULL, sizeof(Elements))
-    cdef Elements *job = <Elements *>PyBytes_AS_STRING(order)
-    cdef bytes memory
-    cdef Py_ssize_t n_units, first = 0, chunk
-    cdef ElementDesk *desks
-    cdef double *sums
-    cdef xce_watch watch
+    cdef bytes memory = PyBytes_FromStringAndSize(NULL, sizeof(Elements))
+    cdef Elements *job = <Elements *>PyBytes_AS_STRING(memory)
     cdef double values[PARAMETERS]
-    cdef double total = 0
     cdef int k
     for k in range(E_ARRAYS):
         walk(&job.walks[k], arrays[k])
         if job.walks[k].kind == STORAGE_KIND:
             job.walks[k].kind = 0
-    job.n = cnp.PyArray_SIZE(<cnp.ndarray>arrays[E_X])
+    for k in range(PARAMETERS):
+        values[k] = <double>params[k] if k < len(params) else 0
+    job.n, job.scale, job.row = cnp.PyArray_SIZE(<cnp.ndarray>arrays[E_X]), <scalar>scale, row
+    return compute_elements(job, formula, values, n_threads)
+
+
+cdef double compute_elements(Elements *job, int formula, const double *params, int n_threads) except? -1.0:
+    """Compute a job whose arrays are entered; the sum of the values."""
+    cdef bytes memory
+    cdef Py_ssize_t n_units, first = 0, chunk
+    cdef ElementDesk *desks
+    cdef double *sums
+    cdef xce_watch watch
+    cdef double total = 0
     job.loop = ELEMENT_JETS[formula]
     if job.walks[E_GRAD].data == NULL and job.walks[E_HESS].data == NULL:
         job.loop = ELEMENT_VALUES[formula]
-    job.scale, job.row, job.row_scale = <scalar>scale, row, <scalar>(1.0 / row) if row else 0
-    for k in range(PARAMETERS):
-        values[k] = <double>params[k] if k < len(params) else 0
-    job.with_ = parameters_of(values)
+    job.row_scale = <scalar>(1.0 / job.row) if job.row else 0
+    job.with_ = parameters_of(params)
     job.unit = ELEMENTS * UNIT_BLOCKS
-    if row:
-        job.unit = max(job.unit // row, <Py_ssize_t>1) * row
+    if job.row:
+        job.unit = max(job.unit // job.row, <Py_ssize_t>1) * job.row
     n_units = (job.n + job.unit - 1) // job.unit
     chunk = min(max(CHUNK_LOGITS // job.unit, <Py_ssize_t>1), <Py_ssize_t>CHUNK_UNITS, n_units)
     n_threads = <int>min(<Py_ssize_t>n_threads, n_units)

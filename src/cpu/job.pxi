@@ -96,6 +96,7 @@ cdef struct Operand:
 
 cdef struct Job:
     int what, phi
+    row_options options                # as given; `compute` says what follows from them
     scalar parameter
     Py_ssize_t n_classes, n_rows
     Py_ssize_t run                     # rows along the last axis of rows

@@ -19,6 +19,7 @@ This file is compiled once for each instruction set and storage type (see primit
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint64_t
 from libc.string cimport memset
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.pycapsule cimport PyCapsule_New
 from cpython.mem cimport PyMem_RawCalloc, PyMem_RawFree, PyMem_RawMalloc
 from cython.parallel cimport parallel, threadid
 
@@ -465,6 +466,17 @@ def classes_are_left(where, cnp.ndarray out):
     xce_watch_end(&watch)
 
 
+# What the rows' shares of the mean's denominator are made of.
+cdef struct Shares:
+    Walk labels
+    Walk samples
+    Walk masks
+    const scalar *weight
+    Py_ssize_t n_classes, class_stride
+    int64_t ignore_index
+    xce_watch *watch
+
+
 def denominator(
     label, Py_ssize_t n_classes, long long ignore_index, weight, sample_weight, where, Py_ssize_t start, Py_ssize_t stop
 ):
@@ -472,75 +484,79 @@ def denominator(
 
     And whether any term is not 0. `where` has the classes last.
     """
-    cdef Walk labels
-    cdef Walk samples
-    cdef Walk masks
+    cdef Shares shares
+    cdef xce_watch watch
+    cdef bint any_term = False
+    cdef double total
+    xce_watch_begin(&watch)
+    shares.watch, shares.n_classes, shares.ignore_index = &watch, n_classes, ignore_index
+    shares.weight, shares.class_stride = NULL, 0
+    walk(&shares.labels, label)
+    walk(&shares.samples, sample_weight)
+    walk(&shares.masks, None if where is None else where[..., 0])
+    if weight is not None:
+        shares.weight = <const scalar *>cnp.PyArray_DATA(<cnp.ndarray>weight)
+    if where is not None:
+        shares.class_stride = cnp.PyArray_STRIDE(<cnp.ndarray>where, cnp.PyArray_NDIM(<cnp.ndarray>where) - 1)
+    with nogil:
+        total = sum_of_shares(&shares, start, stop, &any_term)
+    xce_watch_end(&watch)
+    return total, any_term
+
+
+cdef double sum_of_shares(const Shares *of, Py_ssize_t start, Py_ssize_t stop, bint *any_term) noexcept nogil:
     cdef const char *y = NULL
     cdef const char *s = NULL
     cdef const char *m = NULL
-    cdef const scalar *w = NULL
-    cdef Py_ssize_t y_stride = 0, s_stride = 0, m_stride = 0, class_stride = 0, flat = start, i, k, count = 0, n, left
-    cdef bint any_term = False
+    cdef const scalar *w = of.weight
+    cdef Py_ssize_t y_stride = of.labels.strides[of.labels.axes - 1] if of.labels.data != NULL else 0
+    cdef Py_ssize_t s_stride = of.samples.strides[of.samples.axes - 1] if of.samples.data != NULL else 0
+    cdef Py_ssize_t m_stride = of.masks.strides[of.masks.axes - 1] if of.masks.data != NULL else 0
+    cdef Py_ssize_t flat = start, i, k, count = 0, n, left
     cdef Label found
     cdef double sums[8]
     cdef double lows[8]                # what the sums round away: it would be an error that all gradients share
     cdef double term, total
     cdef scalar sample
-    cdef xce_watch watch
-    xce_watch_begin(&watch)
-    walk(&labels, label)
-    walk(&samples, sample_weight)
-    walk(&masks, None if where is None else where[..., 0])
-    if weight is not None:
-        w = <const scalar *>cnp.PyArray_DATA(<cnp.ndarray>weight)
-    if label is not None:
-        y_stride = labels.strides[labels.axes - 1]
-    if sample_weight is not None:
-        s_stride = samples.strides[samples.axes - 1]
-    if where is not None:
-        m_stride = masks.strides[masks.axes - 1]
-        class_stride = cnp.PyArray_STRIDE(<cnp.ndarray>where, cnp.PyArray_NDIM(<cnp.ndarray>where) - 1)
-    with nogil:
-        for i in range(8):
-            sums[i] = lows[i] = 0
-        found.status, found.value = ACTIVE, 0
-        while flat < stop and not xce_look(&watch):
-            n = min(stop - flat, <Py_ssize_t>LOOK_LABELS)
-            if labels.data != NULL:
-                y = place_in(&labels, flat, &left)
-                n = min(n, left)
-            if samples.data != NULL:
-                s = place_in(&samples, flat, &left)
-                n = min(n, left)
-            if masks.data != NULL:
-                m = place_in(&masks, flat, &left)
-                n = min(n, left, max(LOOK_LABELS // n_classes, <Py_ssize_t>1))
-            if w == NULL and s == NULL and m == NULL and labels.kind == -8 and y_stride == 8 and <size_t>y % 8 == 0:
-                count = 0
-                for i in range(n):
-                    count += (<const int64_t *>y)[i] != ignore_index
-                sums[0] += <double>count
-            else:
-                for i in range(n):
-                    sample = 1 if s == NULL else read_scalar(s + i * s_stride, samples.kind)
-                    if sample == 0:
-                        continue
-                    if m != NULL and not classes_left(&watch, m + i * m_stride, n_classes, class_stride, False):
-                        continue
-                    if y != NULL:
-                        found = label_at(y + i * y_stride, labels.kind, n_classes, ignore_index)
-                    term = 1 if found.status == ACTIVE or (w == NULL and found.status == INVALID) else 0
-                    if w != NULL and found.status == ACTIVE:
-                        term = w[found.value]
-                    if s != NULL:
-                        term *= sample
-                    k = (flat - start + i) % 8
-                    add_keeping(&sums[k], &lows[k], term)
-                    any_term |= term != 0
-            flat += n
-    xce_watch_end(&watch)
+    for i in range(8):
+        sums[i] = lows[i] = 0
+    found.status, found.value = ACTIVE, 0
+    while flat < stop and not xce_look(of.watch):
+        n = min(stop - flat, <Py_ssize_t>LOOK_LABELS)
+        if of.labels.data != NULL:
+            y = place_in(&of.labels, flat, &left)
+            n = min(n, left)
+        if of.samples.data != NULL:
+            s = place_in(&of.samples, flat, &left)
+            n = min(n, left)
+        if of.masks.data != NULL:
+            m = place_in(&of.masks, flat, &left)
+            n = min(n, left, max(LOOK_LABELS // of.n_classes, <Py_ssize_t>1))
+        if w == NULL and s == NULL and m == NULL and of.labels.kind == -8 and y_stride == 8 and <size_t>y % 8 == 0:
+            count = 0
+            for i in range(n):
+                count += (<const int64_t *>y)[i] != of.ignore_index
+            sums[0] += <double>count
+        else:
+            for i in range(n):
+                sample = 1 if s == NULL else read_scalar(s + i * s_stride, of.samples.kind)
+                if sample == 0:
+                    continue
+                if m != NULL and not classes_left(of.watch, m + i * m_stride, of.n_classes, of.class_stride, False):
+                    continue
+                if y != NULL:
+                    found = label_at(y + i * y_stride, of.labels.kind, of.n_classes, of.ignore_index)
+                term = 1 if found.status == ACTIVE or (w == NULL and found.status == INVALID) else 0
+                if w != NULL and found.status == ACTIVE:
+                    term = w[found.value]
+                if s != NULL:
+                    term *= sample
+                k = (flat - start + i) % 8
+                add_keeping(&sums[k], &lows[k], term)
+                any_term[0] |= term != 0
+        flat += n
     total = sum_of_doubles(sums, 8)
-    return (total + sum_of_doubles(lows, 8) if total - total == 0 else total), any_term
+    return total + sum_of_doubles(lows, 8) if total - total == 0 else total
 
 
 PHI = {(<bytes>PHI_NAMES[_i]).decode(): _i for _i in range(FIRST_DIVERGENCE)}
@@ -549,6 +565,38 @@ DIVERGENCES = {(<bytes>PHI_NAMES[_i]).decode(): _i for _i in range(FIRST_DIVERGE
 
 NUMBERS = tuple([(<bytes>XCE_OPTION_NAMES[_i]).decode() for _i in range(OPTIONS)])
 cdef tuple OPERAND_NAMES = tuple([(<bytes>XCE_OPERAND_NAMES[_i]).decode() for _i in range(OPERANDS)])
+
+
+cdef extern from "cpu/front.h" nogil:
+    ctypedef struct plain_rows:
+        const void *x
+        void *grad
+        void *hess
+        void *value
+        const int64_t *labels
+        const void *weight
+        const void *sample
+        int sample_bytes
+        Py_ssize_t n_rows, n_classes
+        int64_t ignore_index
+        row_options options
+        int phi, n_threads
+        bint is_mean
+        double total, denominator
+    ctypedef struct plain_elements:
+        const void *x
+        const void *y
+        void *value
+        void *grad
+        void *hess
+        Py_ssize_t n
+        const double *params
+        double scale, total
+        int formula, n_threads
+    const char *XCE_PLAIN_ROWS
+    const char *XCE_PLAIN_ELEMENTS
+    double XCE_SMALLEST
+    double XCE_LARGEST
 
 
 def run(int what, int phi, numbers, long long ignore_index, dict operands, int axis, double scale, int n_threads):
@@ -562,17 +610,13 @@ def run(int what, int phi, numbers, long long ignore_index, dict operands, int a
     cdef bytes memory = PyBytes_FromStringAndSize(NULL, sizeof(Order))  # not on the stack, as in `work`
     cdef Order *order = <Order *>PyBytes_AS_STRING(memory)
     cdef Job *job = &order.job
-    cdef Job *teacher = &order.teacher
     cdef Plan *plan = &order.plan
     cdef cnp.ndarray x = <cnp.ndarray>operands["x"]
     cdef int i, j = 0
-    cdef bint is_foreign, is_general
-    cdef row_options given
     memset(job, 0, sizeof(Job))
     for i in range(OPTIONS):
-        (<double *>&given)[i] = numbers[i]
-    job.watch = &order.watch
-    job.what, job.phi, job.parameter = what, phi, <scalar>given.parameter
+        (<double *>&job.options)[i] = numbers[i]
+    job.what, job.phi, job.ignore_index, job.scale = what, phi, ignore_index, <scalar>scale
     plan.axes = cnp.PyArray_NDIM(x) - 1
     job.n_rows = 1
     for i in range(plan.axes + 1):
@@ -584,19 +628,97 @@ def run(int what, int phi, numbers, long long ignore_index, dict operands, int a
     for i in range(OPERANDS):
         place(job, plan, i, operands.get(OPERAND_NAMES[i]), axis if i < ENTRY_OPERANDS or i == INDICES else -1)
     merge_axes(job, plan)
+    weight = operands.get("weight")
+    if weight is not None:
+        job.weight = <const scalar *>cnp.PyArray_DATA(<cnp.ndarray>weight)
+    return compute(order, cnp.PyArray_DIM(<cnp.ndarray>operands["q"], axis) if phi >= FIRST_DIVERGENCE else 0, n_threads)
+
+
+cdef int run_plain_rows(plain_rows *given) except -1:
+    """Compute a call of the plain kind; 0 if its denominator is not, and nothing is computed."""
+    cdef bytes memory = PyBytes_FromStringAndSize(NULL, sizeof(Order))
+    cdef Order *order = <Order *>PyBytes_AS_STRING(memory)
+    cdef Job *job = &order.job
+    cdef bint any_term = False
+    if given.is_mean and (given.weight != NULL or given.sample != NULL):
+        given.denominator = sum_of_plain_shares(given, &any_term)
+        if given.denominator == 0 or not XCE_SMALLEST < abs(given.denominator) < XCE_LARGEST:
+            return 0
+    memset(job, 0, sizeof(Job))
+    job.options = given.options
+    job.what, job.phi, job.ignore_index = LOSS, given.phi, given.ignore_index
+    job.scale = <scalar>(1 / given.denominator) if given.denominator != 0 else 0
+    job.n_rows = job.run = given.n_rows
+    job.n_classes, job.weight = given.n_classes, <const scalar *>given.weight
+    place_plain(job, X, <char *>given.x)
+    place_plain(job, GRAD, <char *>given.grad)
+    place_plain(job, HESS, <char *>given.hess)
+    job.at[LABEL].data, job.at[LABEL].rows, job.kind[LABEL] = <char *>given.labels, sizeof(int64_t), -8
+    job.at[SAMPLE].data, job.at[SAMPLE].rows = <char *>given.sample, given.sample_bytes
+    job.kind[SAMPLE] = 16 + given.sample_bytes
+    job.at[VALUE].data, job.at[VALUE].rows = <char *>given.value, sizeof(scalar)
+    given.total = compute(order, 0, given.n_threads)
+    return 1
+
+
+cdef void place_plain(Job *job, int k, char *data) noexcept:
+    job.at[k].data, job.at[k].classes, job.at[k].rows = data, sizeof(storage), job.n_classes * sizeof(storage)
+
+
+cdef double sum_of_plain_shares(const plain_rows *given, bint *any_term) except? -1.0:
+    cdef Shares shares
+    cdef xce_watch watch
+    cdef double total
+    xce_watch_begin(&watch)
+    shares.watch, shares.n_classes, shares.ignore_index = &watch, given.n_classes, given.ignore_index
+    shares.weight, shares.class_stride = <const scalar *>given.weight, 0
+    walk_plain(&shares.labels, <char *>given.labels, sizeof(int64_t), -8, given.n_rows)
+    walk_plain(&shares.samples, <char *>given.sample, given.sample_bytes, 16 + given.sample_bytes, given.n_rows)
+    walk_plain(&shares.masks, NULL, 0, 0, 0)
+    with nogil:
+        total = sum_of_shares(&shares, 0, given.n_rows, any_term)
+    xce_watch_end(&watch)
+    return total
+
+
+cdef int run_plain_elements(plain_elements *given) except -1:
+    """Compute losses of single elements that lie side by side, in this module's storage type."""
+    cdef bytes memory = PyBytes_FromStringAndSize(NULL, sizeof(Elements))
+    cdef Elements *job = <Elements *>PyBytes_AS_STRING(memory)
+    cdef int k
+    for k in range(E_ARRAYS):
+        job.walks[k].data = NULL
+    walk_plain(&job.walks[E_X], <char *>given.x, sizeof(storage), 0, given.n)
+    walk_plain(&job.walks[E_Y], <char *>given.y, sizeof(storage), 0, given.n)
+    walk_plain(&job.walks[E_VALUE], <char *>given.value, sizeof(scalar), SCALAR_KIND, given.n)
+    walk_plain(&job.walks[E_GRAD], <char *>given.grad, sizeof(storage), 0, given.n)
+    walk_plain(&job.walks[E_HESS], <char *>given.hess, sizeof(storage), 0, given.n)
+    job.n, job.scale, job.row = given.n, <scalar>given.scale, 0
+    given.total = compute_elements(job, given.formula, given.params, given.n_threads)
+    return 1
+
+
+PLAIN_ROWS = PyCapsule_New(<void *>run_plain_rows, XCE_PLAIN_ROWS, NULL)
+PLAIN_ELEMENTS = PyCapsule_New(<void *>run_plain_elements, XCE_PLAIN_ELEMENTS, NULL)
+
+
+cdef double compute(Order *order, Py_ssize_t teacher_classes, int n_threads) except? -1.0:
+    """Compute a job whose arrays are entered, and what follows from them and its options is not."""
+    cdef Job *job = &order.job
+    cdef Job *teacher = &order.teacher
+    cdef row_options given = job.options
+    cdef int i, what = job.what, phi = job.phi
+    cdef bint is_foreign, is_general
+    job.watch = &order.watch
     for i in range(OPERANDS):
         if job.at[i].data != NULL:
             job.used[job.n_used] = i
             job.n_used += 1
     is_foreign = job.kind[X] != 0 or job.kind[Q] != 0 or job.kind[GRAD] != 0 or job.kind[HESS] != 0
-    job.ignore_index = ignore_index
-    weight = operands.get("weight")
-    if weight is not None:
-        job.weight = <const scalar *>cnp.PyArray_DATA(<cnp.ndarray>weight)
+    job.parameter, job.z_loss = <scalar>given.parameter, <scalar>given.z_loss
     job.label_smoothing = <scalar>given.label_smoothing
     job.label_share = <scalar>(1 - given.label_smoothing)
     job.share = <scalar>(given.label_smoothing / job.n_classes) if what != STATE else 1
-    job.z_loss, job.scale = <scalar>given.z_loss, <scalar>scale
     job.transform = transform_of(given.softcap, given.temperature)
     job.transforms = given.softcap != 0 or given.temperature != 1
     job.linear = phi == PHI_CROSS_ENTROPY
@@ -625,7 +747,7 @@ def run(int what, int phi, numbers, long long ignore_index, dict operands, int a
         if not job.wide and not job.sparse_teacher and not job.keeps_pairs:  # many classes with a stride
             job.level = FULL
         teacher[0] = job[0]
-        teacher.n_classes = cnp.PyArray_DIM(<cnp.ndarray>operands["q"], axis)
+        teacher.n_classes = teacher_classes
         teacher.dense, teacher.want_grad, teacher.want_hess, teacher.writes = False, False, False, False
         job.teacher = teacher
     # rows of gradient side by side, and too many to stay in a cache

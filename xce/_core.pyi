@@ -1,0 +1,13 @@
+from typing import Any
+
+def row_loss(function: str, parameter: float, logits: Any, target: Any, given: Any) -> Any: ...
+def element_loss(
+    loss: Any,
+    params: tuple[float, ...],
+    x: Any,
+    target: Any,
+    given: Any,
+    factors: tuple[Any, Any] = ...,
+    axis: Any = ...,
+    reduction: str | None = ...,
+) -> Any: ...
