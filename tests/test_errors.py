@@ -322,7 +322,7 @@ MAPS = (xce.softmax, xce.log_softmax)
     ("kind", "text", "x", "options"),
     [
         (TypeError, "x has dtype int64: expected float16", Y, {}),
-        (TypeError, "x is a list", [1.0], {}),
+        (TypeError, "x is a set", {1.0}, {}),
         (ValueError, "x of shape (4, 0) has no classes", X[:, :0], {}),
         (AxisError, "axis=2 is out of range for x of 2", X, {"axis": 2}),
         (ValueError, "temperature=0.0 is not", X, {"temperature": 0.0}),

@@ -10,7 +10,7 @@ from numbers import Integral
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from numpy import generic, ndarray
+from numpy import ndarray
 
 from xce import _check as check
 from xce._check import DIVERGENCES, INT64, NATIVE_FLOATS, NATIVE_INTEGERS, REDUCTIONS, Array, dtype_name, thread_count
@@ -213,7 +213,7 @@ def normalise_map(
     """Return the checked call of an operation on `x` alone."""
     first, x = x, check.of_dtype(owner.view(x, "x"), "x", *check.FLOATS)
     axis = check.class_axis(axis, len(x.shape), "x")
-    if x.shape[axis] == 0:
+    if x.shape[axis] == 0 and op != "logsumexp":  # the sum of nothing is 0
         raise ValueError(f"x of shape {x.shape} has no classes: expected at least one on axis {axis}")
     temperature = check.real("temperature", temperature)
     n_threads = check.thread_count("n_threads", n_threads)
@@ -296,21 +296,22 @@ def normalise_distillation(
     # fmt: on
 
 
-def finish(owner: ModuleType, call: Any, result: tuple[Array, Array | None, Array | None]) -> Any:
-    """Return the loss, or the tuple of it and what was asked for, as the caller's kind of array."""
+def finish(
+    owner: ModuleType,
+    call: Any,
+    result: tuple[Array, Array | None, Array | None],
+    grad_out: Array | None,
+    hess_out: Array | None,
+) -> Any:
+    """Return the loss, or the tuple of it and what was asked for: the caller's buffers, or his kind of array."""
     loss, grad, hess = result
     wrap = owner.wrap
     if call.return_grad:
-        grad = wrap(grad) if call.grad_out is None else _in_buffer(wrap(grad), call.grad_out)
+        grad = wrap(grad) if grad_out is None else grad_out
     if call.return_hess:
-        hess = wrap(hess) if call.hess_out is None else _in_buffer(wrap(hess), call.hess_out)
+        hess = wrap(hess) if hess_out is None else hess_out
         return (wrap(loss), grad, hess) if call.return_grad else (wrap(loss), hess)
     return (wrap(loss), grad) if call.return_grad else wrap(loss)
-
-
-def _in_buffer(result: Array, buffer: Array) -> Array:
-    """Return a result that lies in a buffer: the buffer where it has no axes and would become a number."""
-    return buffer if isinstance(result, generic) else result
 
 
 @placed(1)
@@ -356,9 +357,12 @@ def normalise_linear(
     return LinearCall(loss, x, linear_weight, linear_bias, chunk_rows, buffers)
 
 
-def finish_linear(owner: ModuleType, call: LinearCall, result: tuple[Array, tuple[Array, ...]]) -> Any:
-    """Return the loss, or the pair of it and the three gradients, as the caller's kind of array."""
+def finish_linear(owner: ModuleType, call: LinearCall, result: tuple[Array, tuple[Array, ...]], grad_out: Any) -> Any:
+    """Return the loss, or the pair of it and the three gradients: the caller's buffers, or his kind of array."""
     loss, grads = result
     if not call.loss.return_grad:
         return owner.wrap(loss)
-    return owner.wrap(loss), tuple(None if grad is None else owner.wrap(grad) for grad in grads)
+    return owner.wrap(loss), tuple(
+        owner.wrap(grad) if out is None and grad is not None else out
+        for grad, out in zip(grads, check.three(grad_out), strict=True)
+    )

@@ -172,7 +172,7 @@ def cross_entropy(
         hess_out, n_threads, validate,
     )
     # fmt: on
-    return finish(owner, call, owner.run(call))
+    return finish(owner, call, owner.run(call), grad_out, hess_out)
 
 
 @documented_like(cross_entropy)
@@ -232,7 +232,7 @@ def focal_loss(
         hess_out, n_threads, validate,
     )
     # fmt: on
-    return finish(owner, call, owner.run(call))
+    return finish(owner, call, owner.run(call), grad_out, hess_out)
 
 
 @documented_like(cross_entropy)
@@ -290,7 +290,7 @@ def poly_loss(
         hess_out, n_threads, validate,
     )
     # fmt: on
-    return finish(owner, call, owner.run(call))
+    return finish(owner, call, owner.run(call), grad_out, hess_out)
 
 
 @documented_like(cross_entropy)
@@ -351,7 +351,7 @@ def generalized_cross_entropy(
         hess_out, n_threads, validate,
     )
     # fmt: on
-    return finish(owner, call, owner.run(call))
+    return finish(owner, call, owner.run(call), grad_out, hess_out)
 
 
 @documented_like(cross_entropy)
@@ -425,7 +425,7 @@ def nll_loss(
         n_threads=n_threads, validate=validate, name="log_probs",
     )
     # fmt: on
-    return finish(owner, call, owner.run(call))
+    return finish(owner, call, owner.run(call), grad_out, hess_out)
 
 
 @documented_like(cross_entropy)
@@ -539,7 +539,7 @@ def distillation_loss(
         owner, divergence, student_logits, teacher_logits, teacher_indices, axis, temperature, reduction,
         sample_weight, where, return_grad, return_hess, grad_out, hess_out, n_threads, validate,
     )  # fmt: skip
-    return finish(owner, call, owner.run(call))
+    return finish(owner, call, owner.run(call), grad_out, hess_out)
 
 
 def binary_cross_entropy_with_logits(
@@ -652,7 +652,7 @@ def binary_cross_entropy_with_logits(
         grad_out=grad_out, hess_out=hess_out, n_threads=n_threads, validate=validate,
     )
     # fmt: on
-    return finish(owner, call, owner.run(call))
+    return finish(owner, call, owner.run(call), grad_out, hess_out)
 
 
 @documented_like(binary_cross_entropy_with_logits)
@@ -727,7 +727,7 @@ def binary_cross_entropy(
         grad_out=grad_out, hess_out=hess_out, n_threads=n_threads, validate=validate,
     )
     # fmt: on
-    return finish(owner, call, owner.run(call))
+    return finish(owner, call, owner.run(call), grad_out, hess_out)
 
 
 @documented_like(binary_cross_entropy_with_logits)
@@ -793,7 +793,7 @@ def sigmoid_focal_loss(
         grad_out=grad_out, hess_out=hess_out, n_threads=n_threads, validate=validate,
     )
     # fmt: on
-    return finish(owner, call, owner.run(call))
+    return finish(owner, call, owner.run(call), grad_out, hess_out)
 
 
 @documented_like(binary_cross_entropy_with_logits)
@@ -859,7 +859,7 @@ def asymmetric_loss(
         grad_out=grad_out, hess_out=hess_out, n_threads=n_threads, validate=validate,
     )
     # fmt: on
-    return finish(owner, call, owner.run(call))
+    return finish(owner, call, owner.run(call), grad_out, hess_out)
 
 
 @documented_like(binary_cross_entropy_with_logits)
@@ -907,7 +907,7 @@ def soft_margin_loss(
         grad_out=grad_out, hess_out=hess_out, n_threads=n_threads, validate=validate,
     )
     # fmt: on
-    return finish(owner, call, owner.run(call))
+    return finish(owner, call, owner.run(call), grad_out, hess_out)
 
 
 @documented_like(binary_cross_entropy_with_logits)
@@ -966,7 +966,7 @@ def multilabel_soft_margin_loss(
         grad_out=grad_out, hess_out=hess_out, n_threads=n_threads, validate=validate,
     )
     # fmt: on
-    return finish(owner, call, owner.run(call))
+    return finish(owner, call, owner.run(call), grad_out, hess_out)
 
 
 @documented_like(binary_cross_entropy_with_logits)
@@ -1037,7 +1037,7 @@ def kl_div(
         grad_out=grad_out, hess_out=hess_out, n_threads=n_threads, validate=validate,
     )
     # fmt: on
-    return finish(owner, call, owner.run(call))
+    return finish(owner, call, owner.run(call), grad_out, hess_out)
 
 
 def softmax(
@@ -1055,8 +1055,8 @@ def softmax(
 
     Parameters
     ----------
-    x : array of float16, bfloat16, float32 or float64, any shape with a class axis
-        Logits in nats. 16-bit logits are computed in float32.
+    x : array of float16, bfloat16, float32 or float64, any shape with a class axis; or list or tuple of numbers
+        Logits in nats. 16-bit logits are computed in float32. Lists become arrays of NumPy, their integers float64.
     axis : int, tuple of ints or None, default -1
         The class axis, or several that are taken as one; None takes all of them.
     temperature : float, default 1.0
@@ -1116,8 +1116,8 @@ def log_softmax(
 
     Parameters
     ----------
-    x : array of float16, bfloat16, float32 or float64, any shape with a class axis
-        Logits in nats. 16-bit logits are computed in float32.
+    x : array of float16, bfloat16, float32 or float64, any shape with a class axis; or list or tuple of numbers
+        Logits in nats. 16-bit logits are computed in float32. Lists become arrays of NumPy, their integers float64.
     axis : int, tuple of ints or None, default -1
         The class axis, or several that are taken as one; None takes all of them.
     temperature : float, default 1.0
@@ -1178,11 +1178,11 @@ def logsumexp(
 
     Parameters
     ----------
-    x : array of float16, bfloat16, float32 or float64, any shape with a class axis
-        Logits in nats. 16-bit logits are computed in float32.
+    x : array of float16, bfloat16, float32 or float64, any shape with a class axis; or list or tuple of numbers
+        Logits in nats. 16-bit logits are computed in float32. Lists become arrays of NumPy, their integers float64.
     axis : int, tuple of ints or None, default -1
         The class axis, or several that are taken as one; None takes all of them.
-    b : array of real numbers, or number, optional
+    b : array or list of real numbers, or number, optional
         Factors of the exponentials, broadcast to `x`, of any sign. Where one is 0, `x` is not read.
     keepdims : bool, default False
         Keep `axis`, with length 1.
@@ -1197,7 +1197,8 @@ def logsumexp(
     Returns
     -------
     scalar or array
-        The log-sum-exp in nats, float32 or, of float64 logits, float64, of the shape of `x` without `axis`.
+        The log-sum-exp in nats, of the shape of `x` without `axis`: float64 of float64 logits, else float32, also of
+        16-bit logits, for which SciPy rounds it to 16 bits.
     sign : scalar or array
         1, 0, -1 or NaN, likewise; only with ``return_sign=True``.
 
@@ -1206,15 +1207,15 @@ def logsumexp(
     TypeError
         An argument is of the wrong kind or dtype.
     ValueError
-        An option is not allowed, or there is no class.
+        An option is not allowed.
     numpy.exceptions.AxisError
         `axis` is out of range.
 
     Notes
     -----
-    A row of -inf only, or of which `where` leaves nothing, gives -inf, a row with +inf gives +inf, a row with NaN
-    gives NaN. The arguments are those of ``scipy.special.logsumexp``, except that `axis` is -1 by default. With `b`,
-    sums are formed in float64.
+    A row without classes, of -inf only, or of which `where` leaves nothing, gives -inf, a row with +inf gives +inf, a
+    row with NaN gives NaN. The arguments are those of ``scipy.special.logsumexp``, except that `axis` is -1 by
+    default. With `b`, sums are formed in float64.
 
     References
     ----------
@@ -1446,4 +1447,4 @@ def linear_cross_entropy(
         ignore_index=ignore_index, label_smoothing=label_smoothing, temperature=temperature, softcap=softcap,
         z_loss=z_loss, reduction=reduction, return_grad=return_grad, n_threads=n_threads, validate=validate,
     )  # fmt: skip
-    return finish_linear(owner, call, owner.run_linear(call))
+    return finish_linear(owner, call, owner.run_linear(call), grad_out)
