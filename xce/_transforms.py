@@ -102,12 +102,7 @@ def _of_numbers(x: Any, name: str) -> Any:
     """Return lists and tuples as arrays of NumPy, whole numbers in logits as float64, and anything else as it is."""
     if not isinstance(x, list | tuple):
         return x
-    try:
-        x = np.asarray(x)
-    except Exception as error:  # of whatever is in it
-        raise TypeError(
-            f"{name} is {check.described(x)} that is no array: expected numbers, in rows of one length"
-        ) from error
+    x = check.from_list(x, name)
     return x.astype(np.float64) if name == "x" and x.dtype.kind in "iu" else x
 
 
