@@ -205,7 +205,7 @@ def score_files(
     ProbabilitiesError
         When the logits look like probabilities.
     """
-    _check_logits(logits, labels)
+    _check_logits(logits, labels, probabilities)
     labels = _fitting_labels(labels, logits)
     classes = logits.shape[-1]
     row_bytes = classes * logits.dtype.itemsize
@@ -239,7 +239,7 @@ def score_files(
     return result
 
 
-def _check_logits(logits: ArrayFile, labels: ArrayFile) -> None:
+def _check_logits(logits: ArrayFile, labels: ArrayFile, probabilities: bool) -> None:
     """Refuse logits for what their header tells."""
     rows = logits.shape[:-1]
     if logits.dtype.name not in _FLOATS:
@@ -252,6 +252,15 @@ def _check_logits(logits: ArrayFile, labels: ArrayFile) -> None:
         raise InputError(f"{logits.name} holds a single number, expected logits of shape (rows, classes)")
     if logits.shape[-1] == 0:
         raise InputError(f"{logits.name} has shape {logits.shape}: 0 classes, nothing to score")
+    is_column = logits.shape[-1] == 1
+    if is_column or (len(logits.shape) == 1 and logits.shape == labels.shape):
+        what, x = ("probabilities", "p") if probabilities else ("logits", "x")
+        column = x if is_column else f"{x}[:, None]"
+        both = f"numpy.append(1 - {column}, {column}, -1)" if probabilities else f"numpy.insert({column}, 0, 0, -1)"
+        raise InputError(
+            f"{logits.name} has shape {logits.shape}: expected a column for each class, two at least; "
+            f"if it holds the {what} {x} of the second of two classes, save {both}"
+        )
     if math.prod(rows) == 0:
         raise InputError(f"{logits.name} has shape {logits.shape}: 0 rows, nothing to score")
 
