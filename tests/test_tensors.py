@@ -210,6 +210,8 @@ def test_empty_tensors(torch: Any) -> None:
     value, grad = xce.cross_entropy(torch.empty(0, 3), torch.empty(0, dtype=torch.int64), return_grad=True)
     assert torch.isnan(value)
     assert grad.shape == (0, 3)
+    assert torch.isneginf(xce.logsumexp(torch.empty(2, 0))).tolist() == [True, True]
+    assert xce.logsumexp(torch.empty(2, 0), axis=None, keepdims=True).tolist() == [[-np.inf]]
 
 
 def test_errors_of_tensors(torch: Any, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,7 +108,8 @@ def score_figure(histogram: NDArray[np.int64], calibration: Calibration, loss: f
         _draw_histogram(axes[0], histogram)
         _draw_reliability(axes[1], calibration)
         mean = f"{loss:.4g} nats" if math.isfinite(loss) else str(loss)
-        figure.suptitle(f"{int(histogram.sum()):,} rows, mean cross entropy {mean}", fontsize=14)
+        rows = int(histogram.sum())
+        figure.suptitle(f"{rows:,} {'row' if rows == 1 else 'rows'}, mean cross entropy {mean}", fontsize=14)
     return figure
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import xce
+from xce._check import counted
 
 from ._io import ArrayFile, InputError
 from ._stats import Calibration, Moments, Rows, WorstRows
@@ -220,15 +221,15 @@ def score_files(
     chunks = zip(logits.blocks(step, row_ndim=1), _checked_labels(labels, step, classes, ignore_index), strict=True)
     for block, target in chunks:
         if guess:
-            counted = np.flatnonzero(target != ignore_index)
-            if counted.size:
+            kept = np.flatnonzero(target != ignore_index)
+            if kept.size:
                 guess = False
                 limit = min(SAMPLE_ROWS, max(1, SAMPLE_BYTES // row_bytes))
-                sample = counted[:: -(-counted.size // limit)]
+                sample = kept[:: -(-kept.size // limit)]
                 if _are_probabilities(block[sample]):
                     raise ProbabilitiesError(
                         f"{logits.name} seems to hold probabilities: "
-                        f"{sample.size} sampled rows lie within 0..1 and sum to 1. "
+                        f"{counted(sample.size, 'sampled row lies', 'sampled rows lie')} within 0..1 with sum 1. "
                         "Score them as such with --probabilities, or as logits with --logits"
                     )
         if probabilities:
