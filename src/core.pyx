@@ -2,10 +2,10 @@
 # cython: embedsignature=False, freethreading_compatible=True
 """The front of the losses: a plain call goes from here to the kernels and back in one trip.
 
-Plain are arrays of NumPy without gaps (rows of logits with a label of int64 for each, and weights of floats; or single elements
-with targets of their own type), and options of the usual kinds. They are checked here, and labels are counted in the same
-reading. Anything else goes to `_call` and `_elements`, which take more and explain what is wrong. This file is compiled once,
-for no instruction set.
+Plain are arrays of NumPy without gaps (rows of logits with a label of int64 for each, and weights of floats; or single
+elements with targets of their own type), and options of the usual kinds. They are checked here, and labels are counted
+in the same reading. Anything else goes to `_call` and `_elements`, which take more and explain what is wrong. This file
+is compiled once, for no instruction set.
 """
 
 from libc.math cimport fabs

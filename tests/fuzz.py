@@ -1618,6 +1618,8 @@ def hostile(g: Chooser, call: Call) -> Call | None:
             if all(n in (1, m) for n, m in zip(kept[::-1], shape[::-1], strict=False)) and len(kept) <= len(shape):
                 return None
         options[name] = changed
+    if isinstance(changed, list) and name in ("0", "where") and "x" in known:  # softmax and its like take lists
+        return None
     buffers = {k: v for k, v in options.items() if k in ("grad_out", "hess_out") and isinstance(v, np.ndarray)}
     return replace(call, args=args, options=options, raises=mutation.raises, buffers=buffers, note=name)
 

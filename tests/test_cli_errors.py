@@ -163,6 +163,22 @@ def other_formats() -> dict[str, tuple[bytes, str, str | None]]:
         "x.txt": (text.getvalue().encode(), "is text", "numpy.loadtxt({name!r})"),
         "x.csv": (comma.getvalue().encode(), "is text", "numpy.loadtxt({name!r}, delimiter=',')"),
         "h.csv": (header.encode(), "is text", "numpy.loadtxt({name!r}, delimiter=',', skiprows=1)"),
+        "counted.csv": (
+            b"0,1,2\n" + comma.getvalue().encode(),
+            "is text",
+            "numpy.loadtxt({name!r}, delimiter=',', skiprows=1)",
+        ),
+        "counts.csv": (b"0,1,2\n", "is text", "numpy.loadtxt({name!r}, delimiter=',')"),
+        "pandas.csv": (
+            b",0,1,2\n0,0,1,2\n1,3,4,5\n",
+            "is text with an index",
+            "pandas.read_csv({name!r}, index_col=0).to_numpy()",
+        ),
+        "R.tsv": (
+            b'""\t"V1"\n"1"\t0.5\n',
+            "is text with an index",
+            "pandas.read_csv({name!r}, sep='\\t', index_col=0).to_numpy()",
+        ),
         "x.tsv": (comma.getvalue().replace(",", "\t").encode(), "is text", "numpy.loadtxt({name!r}, delimiter='\\t')"),
         "x.json": (json.dumps(NUMBERS.tolist()).encode(), "is JSON text", "json.load(open({name!r}))"),
         "x.pkl": (pickle.dumps(NUMBERS), "is a pickle", "pickle.load(open({name!r}, 'rb'))"),
@@ -205,7 +221,7 @@ def test_other_formats_are_named_with_their_conversion(tmp_path: Path, name: str
         warnings.simplefilter("ignore", ResourceWarning)  # the short form does not close what it opens
         exec(command, scope)
     converted = path.with_name("x-array.npy" if name == "x.npy" else f"{path.stem}.npy")
-    assert np.array_equal(np.load(converted), NUMBERS)
+    assert np.array_equal(np.load(converted), NUMBERS[0] if name == "counts.csv" else NUMBERS)
 
 
 @pytest.mark.parametrize("is_zip", [True, False])
@@ -500,14 +516,11 @@ def full_disk(path: Path) -> Path:
 
 @needs_linux
 @pytest.mark.parametrize("output", ["--json", "--quiet", None])
-@pytest.mark.parametrize(
-    "where", ["full.png", "full.pdf", "/proc/x.png", "nowhere/x.png", "x.unknown", "x", "folder.png"]
-)
+@pytest.mark.parametrize("where", ["full.png", "full.pdf", "/proc/x.png"])
 def test_a_figure_that_cannot_be_written_loses_no_score(
     data: Data, tmp_path: Path, where: str, output: str | None
 ) -> None:
     pytest.importorskip("matplotlib")
-    (tmp_path / "folder.png").mkdir()
     plot = full_disk(tmp_path / where) if where.startswith("full") else tmp_path / where
     options = [output] if output else []
     expected = run("score", *data[:2], *options)
@@ -516,6 +529,54 @@ def test_a_figure_that_cannot_be_written_loses_no_score(
     assert result.stdout == expected.stdout
     assert is_one_line(result.stderr)
     assert f"Error: the figure {plot} could not be written: " in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("where", "problem"),
+    [("x.unknown", "expected a name that ends in one of "), ("x", "expected a name that ends in one of "),
+     ("nowhere/x.png", "there is no directory "), ("folder.png", "it is a directory")],
+)  # fmt: skip
+def test_a_figure_that_cannot_be_written_is_refused_before_anything_is_read(
+    data: Data, tmp_path: Path, where: str, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.setattr("xce.cli.score.open_array", None)
+    message = fails("score", *data[:2], "--plot", tmp_path / where, code=2)
+    assert message.startswith(f"Error: the figure {tmp_path / where} cannot be written: {problem}")
+
+
+def test_a_figure_without_matplotlib_is_refused_before_anything_is_read(data: Data, tmp_path: Path) -> None:
+    for before, message in (
+        (
+            "sys.modules['matplotlib'] = None",
+            "this command needs matplotlib, which comes with: pip install 'xce[demo]'",
+        ),
+        (
+            "import types; sys.modules['matplotlib.backend_bases'] = types.ModuleType('x')",
+            "matplotlib cannot be loaded: ",
+        ),
+    ):
+        done = spawn("score", *data[:2], "--plot", tmp_path / "p.png", before=before)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith(f"Error: {message}")
+        assert is_one_line(done.stderr)
+
+
+@pytest.mark.parametrize("is_column", [True, False])
+def test_one_column_is_no_two_classes(tmp_path: Path, is_column: bool) -> None:
+    """What the message says to save is what the user means."""
+    x, y = RNG.standard_normal((9, 1)), RNG.integers(2, size=9)
+    own, labels = (x if is_column else x[:, 0]), save(tmp_path, "y.npy", y)
+    p = 1 / (1 + np.exp(-own))
+    expected = np.mean(np.logaddexp(0, x[:, 0]) - y * x[:, 0])
+    for name, array, options in (("x", own, []), ("p", p, ["--probabilities"])):
+        path = save(tmp_path, f"{name}.npy", array)
+        message = fails("score", path, labels, *options)
+        assert f"has shape {array.shape}: expected a column for each class, two at least; if it holds the" in message
+        both = eval(message.partition(", save ")[2], {"numpy": np, name: array})
+        result = run("score", save(tmp_path, "both.npy", both), labels, "--quiet", *options)
+        assert float(result.stdout) == pytest.approx(expected, rel=1e-6)
 
 
 @needs_linux
@@ -621,7 +682,7 @@ def test_standard_error_that_cannot_be_written(data: Data, tmp_path: Path) -> No
     figure = tmp_path / "p.png"
     for args, code in (
         (("score", *data[:2], "--plot", figure), 0), (("score", data[0]), 2), (("score", data[0], tmp_path / "no"), 1),
-        (("score", *data[:2], "--plot", tmp_path / "no" / "p.png"), 3),
+        (("score", *data[:2], "--plot", full_disk(tmp_path / "q.png")), 3),
     ):  # fmt: skip
         with open("/dev/full", "w") as full:
             command = [sys.executable, "-m", "xce.cli", *map(str, args)]

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from cases import oracle, problem
+from cases import Case, oracle, problem
+from checks import every_target
 
 import xce
 from xce import _dispatch
@@ -150,12 +151,59 @@ def test_buffers_of_mutable_libraries(library: Library, rng: np.random.Generator
     expected = xce.cross_entropy(x, y, return_grad=True)[1]
     for out in (buffer, logits):
         _, grad = xce.cross_entropy(logits, library.make(y), return_grad=True, grad_out=out)
-        for result in (out, grad):
-            np.testing.assert_allclose(library.numpy(result), expected, rtol=1e-5)
+        assert grad is out
+        np.testing.assert_allclose(library.numpy(out), expected, rtol=1e-5)
     with pytest.raises(ValueError, match=r"grad_out has shape .*: expected .*, the shape of logits"):
         xce.cross_entropy(logits, library.make(y), return_grad=True, grad_out=buffer[:2, :])
     with pytest.raises(ValueError, match="hess_out shares memory with grad_out"):
         xce.cross_entropy(logits, library.make(y), return_grad=True, grad_out=buffer, return_hess=True, hess_out=buffer)
+
+
+class Own(np.ndarray[Any, Any]):
+    pass
+
+
+@pytest.mark.parametrize("library", ["numpy", "subclass", "torch", "array_api_strict"])
+@every_target
+def test_what_is_returned_is_the_buffer(case: Case, mode: str, library: str) -> None:
+    """The caller's own object, which he may compare, or keep elsewhere."""
+    make = (lambda a: a.view(Own)) if library == "subclass" else pytest.importorskip(library).asarray
+    for shape in ((4, 3),) if case.has_classes else ((4, 3), ()):
+        x, target, options = problem({}, mode, shape, case=case)
+        expected = case.function(x, target, **options, return_grad=True, return_hess=True)
+        x, target, grad, hess = map(make, (x, target, np.zeros(shape), np.zeros(shape)))
+        options = {name: make(v) if isinstance(v, np.ndarray) else v for name, v in options.items()}
+        buffers = {"return_grad": True, "grad_out": grad}, {"return_hess": True, "hess_out": hess}
+        assert case.function(x, target, **options, **buffers[0])[1] is grad
+        assert case.function(x, target, **options, **buffers[1])[1] is hess
+        grad[...], hess[...] = 7, 7
+        _, *found = case.function(x, target, **options, **buffers[0], **buffers[1])
+        assert found[0] is grad
+        assert found[1] is hess
+        for result, value in zip(found, expected[1:], strict=True):
+            np.testing.assert_allclose(np.asarray(result), value, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("library", ["numpy", "subclass", "torch", "array_api_strict"])
+def test_what_maps_and_layers_return_is_the_buffer(library: str) -> None:
+    make = (lambda a: a.view(Own)) if library == "subclass" else pytest.importorskip(library).asarray
+    x, w, y = make(np.ones((4, 3))), make(np.eye(3)), make(np.array([0, 1, 2, 0]))
+    for function in (xce.softmax, xce.log_softmax):
+        for axis in (-1, None, (0, 1)):
+            out = make(np.zeros((4, 3)))
+            assert function(x, axis, out=out) is out
+            np.testing.assert_array_equal(np.asarray(out), np.asarray(function(x, axis)))
+    buffers = make(np.zeros((4, 3))), make(np.zeros((3, 3))), make(np.zeros(3))
+    options = {"linear_bias": make(np.zeros(3)), "return_grad": True}
+    expected = xce.linear_cross_entropy(x, w, y, **options)[1]
+    found = xce.linear_cross_entropy(x, w, y, **options, grad_out=buffers)[1]
+    for result, buffer, value in zip(found, buffers, expected, strict=True):
+        assert result is buffer
+        np.testing.assert_allclose(np.asarray(result), np.asarray(value), rtol=1e-12, atol=1e-15)
+    found = xce.linear_cross_entropy(x, w, y, return_grad=True, grad_out=(None, buffers[1], None))[1]
+    assert found[1] is buffers[1]
+    assert found[0] is not None
+    assert found[2] is None
 
 
 # PyTorch
@@ -166,7 +214,7 @@ def test_tensors_are_read_and_written_in_place() -> None:
     x, y = torch.randn(5, 4), torch.tensor([0, 3, 1, 2, 0])
     grad = torch.empty(4, 5).T  # any strides
     value, result = xce.cross_entropy(x, y, return_grad=True, grad_out=grad)
-    assert result.data_ptr() == grad.data_ptr()
+    assert result is grad
     expected = torch.nn.functional.cross_entropy(x.requires_grad_(), y)
     expected.backward()
     torch.testing.assert_close(value, expected.detach())
@@ -191,7 +239,8 @@ def test_bfloat16_tensors(mode: str) -> None:
     np.testing.assert_allclose(grad.float().numpy(), expected[1], rtol=2**-8)
     assert xce.softmax(narrow).dtype == torch.bfloat16
     out = torch.empty_like(narrow)
-    assert xce.log_softmax(narrow, out=out).data_ptr() == out.data_ptr()
+    assert xce.log_softmax(narrow, out=out) is out
+    assert xce.cross_entropy(narrow, target, return_grad=True, grad_out=out)[1] is out
     with pytest.raises(ValueError, match=r"grad_out has dtype float32: expected bfloat16, the dtype of logits"):
         xce.cross_entropy(narrow, target, return_grad=True, grad_out=torch.empty(narrow.shape))
     with pytest.raises(ValueError, match=r"weight\[1\] = -2 is not allowed"):

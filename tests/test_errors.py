@@ -52,6 +52,10 @@ def error(name: str, kind: type[Exception], text: str, *args: Any, **options: An
 # Labels
 error("label too large", xce.LabelError, "target[1] = 3 is out of range: labels of 3 classes are 0..2, or "
       "ignore_index=-100", X, changed(Y, 1, 3))  # fmt: skip
+error("label of one class", xce.LabelError, "target[1] = 3 is out of range: labels of 1 class are 0..0, or ", X[:, :1],
+      changed(np.zeros(4, int), 1, 3))  # fmt: skip
+error("axis of one dimension", AxisError, "axis=1 is out of range for logits of 1 dimension: expected -1..0", X[0], 1,
+      axis=1)  # fmt: skip
 error("label negative", xce.LabelError, "target[3] = -1 is out of range", X, changed(Y, 3, -1))
 error("first bad label", xce.LabelError, "target[0] = 9 is", X, np.array([9, 8, 0, -7]))
 error("label -100 is not ignored", xce.LabelError, "target[2] = -100", X, changed(Y, 2, -100), ignore_index=1)
@@ -322,7 +326,7 @@ MAPS = (xce.softmax, xce.log_softmax)
     ("kind", "text", "x", "options"),
     [
         (TypeError, "x has dtype int64: expected float16", Y, {}),
-        (TypeError, "x is a list", [1.0], {}),
+        (TypeError, "x is a set", {1.0}, {}),
         (ValueError, "x of shape (4, 0) has no classes", X[:, :0], {}),
         (AxisError, "axis=2 is out of range for x of 2", X, {"axis": 2}),
         (ValueError, "temperature=0.0 is not", X, {"temperature": 0.0}),

@@ -52,7 +52,8 @@ def test_log_loss_is_that_of_scikit_learn(dtype: str, proba: Array, labels: Arra
 
 
 def test_log_loss_of_a_single_class_and_of_soft_labels(proba: Array, labels: Array) -> None:
-    np.testing.assert_allclose(log_loss(np.full(50, 2), proba), -np.log(proba[:, 2]).mean())
+    np.testing.assert_allclose(log_loss(np.full(50, 2), proba, labels=range(4)), -np.log(proba[:, 2]).mean())
+    np.testing.assert_allclose(log_loss(np.zeros(50), proba), -np.log(proba[:, 0]).mean())
     np.testing.assert_allclose(log_loss(np.ones(50, int), proba[:, 0]), -np.log(proba[:, 0]).mean())
     np.testing.assert_allclose(log_loss(np.zeros(50, bool), proba[:, 0]), -np.log(1 - proba[:, 0]).mean())
     np.testing.assert_allclose(log_loss(np.full(50, -1), proba[:, 0]), -np.log(1 - proba[:, 0]).mean())
@@ -90,6 +91,15 @@ def test_log_loss_warns_of_rows_that_are_no_distribution(proba: Array, labels: A
         (([0, 1], [[0.5, 1.5], [0, 1]]), {}, ValueError, r"y_proba\[0, 1\] = 1.5 is not allowed"),
         (([0, 1], [math.nan, 1.0]), {}, ValueError, r"y_proba\[0\] = nan"),
         (([0, 1, 1], [0.5, 0.5]), {}, ValueError, "y_true has 3 rows but y_proba has 2"),
+        (([0], [0.5, 0.5]), {}, ValueError, "y_true has 1 row but y_proba has 2"),
+        ((["a", 1], [0.5, 0.5]), {}, TypeError, "y_true holds labels that do not sort .*: expected labels of one type"),
+        (([0, 1], [0.5, 0.5]), {"labels": ["a", 1]}, TypeError, "labels holds labels that do not sort"),
+        (([0, 1], [0.5, 0.5]), {"labels": ["a", None]}, ValueError, r"labels\[1\] = None is a missing value"),
+        (([0, 1], [0.5, 0.5]), {"labels": [0.2, 0.7]}, ValueError, r"labels\[0\] = 0\.2 is not a class"),
+        (([0, 1], [0.5, 0.5]), {"labels": [0]}, ValueError, "labels has 1 class but y_proba has 2"),
+        (([0, 1j], [0.5, 0.5]), {}, TypeError, "y_true has dtype complex128: expected numbers that are whole"),
+        (([0, [1]], [0.5, 0.5]), {}, TypeError, "y_true is a list that is no array: expected entries in rows of one"),
+        (([0, 1], [[0.5], [0.5, 0.5]]), {}, TypeError, "y_proba is a list that is no array"),
         ((["a", "a"], [0.5, 0.5]), {}, ValueError, "pass all of them as labels"),
         (([5, 5], [[0.5, 0.5]] * 2), {}, ValueError, "cannot be told"),
         (([0, 1], [[0.5, 0.5]] * 2), {"labels": [0, 1, 2]}, ValueError, "labels has 3 classes but y_proba has 2"),
@@ -141,6 +151,141 @@ def test_log_loss_warns_of_rows_that_are_no_distribution(proba: Array, labels: A
 def test_log_loss_errors(arguments: Any, options: dict[str, Any], error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         log_loss(*arguments, **options)
+
+
+class NAType:
+    """What pandas.NA does."""
+
+    def __eq__(self, other: object) -> Any:
+        return self
+
+    __ne__ = __lt__ = __gt__ = __eq__  # type: ignore[assignment]
+    __hash__ = object.__hash__
+
+    def __bool__(self) -> bool:
+        raise TypeError("boolean value of NA is ambiguous")
+
+    def __repr__(self) -> str:
+        return "<NA>"
+
+
+NAT = np.datetime64("NaT")
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, lambda y: np.array(y, object)])
+@pytest.mark.parametrize(
+    ("missing", "others"),
+    [
+        (None, "abab"), (None, [0, 1, 0, 1]), (None, [True, False] * 2), (NAType(), [0, 1, 0, 1]), (NAType(), "abab"),
+        (math.nan, [0, 1, 0, 1]), (math.nan, "abab"), (np.float32("nan"), np.float32([0, 1, 0, 1])), (NAT, "abab"),
+        (NAT, np.array(["2020-01-01", "2020-01-02"] * 2, "M8[D]")),
+        (np.timedelta64("NaT"), np.array([1, 2, 1, 2], "m8[s]")),
+    ],
+)  # fmt: skip
+def test_missing_labels(missing: Any, others: Any, kind: Any) -> None:
+    labels, proba = list(others), [0.2, 0.7, 0.6, 0.1]
+    labels[2:2] = [missing]
+    proba[2:2] = [0.5]
+    if kind is np.array and isinstance(others, str) and missing is not None and not isinstance(missing, NAType):
+        kind = lambda y: np.array(y, object)  # noqa: E731  of text, NumPy makes text of everything
+    with pytest.raises(
+        xce.LabelError, match=r"^y_true\[2\] = (None|nan|NaT|<NA>) is a missing value: expected a class$"
+    ):
+        log_loss(kind(labels), proba)
+    expected = log_loss(list(others), proba[:2] + proba[3:])
+    assert log_loss(kind(labels), proba, sample_weight=[1, 1, 0, 1, 1]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("library", "dtype"),
+    [("numpy", d) for d in ("float16", "bfloat16", "float32", "float64", "longdouble", "object")]
+    + [("torch", d) for d in ("float16", "bfloat16", "float32", "float64")]
+    + [("jax.numpy", d) for d in ("float16", "bfloat16", "float32")]
+    + [("array_api_strict", d) for d in ("float32", "float64")],
+)
+def test_labels_are_no_fractions(library: str, dtype: str) -> None:
+    """scikit-learn: "Unknown label type: continuous"."""
+    xp, ml_dtypes = pytest.importorskip(library), pytest.importorskip("ml_dtypes")
+    number = getattr(ml_dtypes, dtype, dtype) if library == "numpy" else getattr(xp, dtype)
+    proba = [0.2, 0.7, 0.6]
+    for values, text in (((0, 0.25, 1), "0.25"), ((0, math.inf, 1), "inf"), ((1, -2.5, 3), "-2.5")):
+        labels = xp.asarray(values, dtype=number)
+        with pytest.raises(xce.LabelError, match=rf"^y_true\[1\] = {text} is not a class: expected numbers that are"):
+            log_loss(labels, proba)
+        expected = log_loss([values[0], values[2]], [0.2, 0.6])
+        assert log_loss(labels, proba, sample_weight=[1, 0, 1]) == pytest.approx(expected)
+    assert log_loss(xp.asarray((0, 1, 1), dtype=number), proba) == log_loss([0, 1, 1], proba)
+
+
+@pytest.mark.parametrize("metric", [perplexity, top_k_accuracy, brier_score])
+def test_the_other_metrics_take_no_fractions(metric: Any) -> None:
+    x = np.zeros((3, 2))
+    for bad in (0.5, math.nan):
+        with pytest.raises(xce.LabelError, match=rf"^target\[1\] = {bad} is not a class"):
+            metric(x, np.array([0, bad, 1]))
+    for bad in (None, NAType()):
+        with pytest.raises(TypeError, match="target has dtype object"):
+            metric(x, np.array([0, bad, 1]))
+
+
+def test_classes_that_may_be_shifted() -> None:
+    """Whole numbers without 0 may start at 1; scikit-learn asks for `labels` whenever one is missing."""
+    theirs, proba = pytest.importorskip("sklearn.metrics").log_loss, np.array([[0.1, 0.2, 0.3, 0.4]] * 3)
+    for labels in ([1, 2, 3], [1.0, 2.0, 3.0], [3, 3, 3], [1, 2, 4], np.uint8([1, 2, 2])):
+        with pytest.raises(
+            ValueError, match=r"^y_true has \d class(es)? but y_proba has 4, .*: pass all of them as labels"
+        ):
+            log_loss(labels, proba)
+        for every in (range(5), range(1, 5)):
+            columns = np.array([[0.1, 0.2, 0.3, 0.2, 0.2]] * 3) if len(every) == 5 else proba
+            found = log_loss(labels, columns, labels=list(every))
+            assert found == pytest.approx(theirs(labels, columns, labels=list(every)))
+    for labels in ([0, 1, 3], [0.0, 1.0, 3.0], np.float16([0, 3, 3])):
+        assert log_loss(labels, proba) == pytest.approx(theirs(labels, proba, labels=range(4)))
+    # what only a removed row names is a class, unless it is none
+    assert log_loss([5.0, 7.0, 6.0], proba[:, :3] / 0.6, sample_weight=[1, 1, 0]) == pytest.approx(
+        -math.log(0.5 * 1 / 6) / 2
+    )
+    with pytest.raises(ValueError, match="pass all of them as labels"):
+        log_loss([5.0, 7.0, math.nan], proba[:, :3] / 0.6, sample_weight=[1, 1, 0])
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax.numpy"])
+def test_probabilities_of_bfloat16(library: str, proba: Array, labels: Array) -> None:
+    xp, ml_dtypes = pytest.importorskip(library), pytest.importorskip("ml_dtypes")
+    narrow = proba.astype(ml_dtypes.bfloat16)
+    own = narrow if library == "numpy" else xp.asarray(proba, dtype=xp.bfloat16)
+    p = np.clip(narrow.astype(float), 2.0**-7, 1 - 2.0**-7)
+    for truth in (labels, np.eye(4)[labels], list(labels)):
+        found = log_loss(truth, own, labels=None if np.ndim(truth) == 2 else range(4))
+        assert found == pytest.approx(-np.log(p[np.arange(50), labels]).mean(), rel=1e-6)
+    column = -np.log(np.where(labels > 1, p[:, 0], 1 - p[:, 0])).mean()
+    assert log_loss(labels > 1, own[:, 0]) == pytest.approx(column, rel=1e-6)
+    weight = np.arange(50) % 2
+    expected = -np.log(p[np.arange(50), labels])[1::2].mean()
+    assert log_loss(labels, own, sample_weight=weight, labels=range(4)) == pytest.approx(expected, rel=1e-6)
+    assert log_loss([0, 1], np.array([0, 1], ml_dtypes.bfloat16)) == pytest.approx(-math.log(1 - 2.0**-7), rel=1e-6)
+
+
+def test_labels_of_variable_length() -> None:
+    texts, proba = ["a", "bc", "a"], [0.2, 0.7, 0.4]
+    assert log_loss(np.array(texts, np.dtypes.StringDType()), proba) == log_loss(texts, proba)
+    for missing in (None, math.nan):
+        labels = np.array(["a", missing, "bc"], np.dtypes.StringDType(na_object=missing))
+        with pytest.raises(xce.LabelError, match=r"^y_true\[1\] = (nan|None) is a missing value"):
+            log_loss(labels, proba)
+    with pytest.raises(TypeError, match=r"^target has dtype StringDType\(\)"):
+        perplexity(np.zeros((3, 2)), np.array(texts, np.dtypes.StringDType()))
+
+
+@pytest.mark.parametrize("dtype", ["longdouble", "float16", "float32", "bool", "int8", "uint64"])
+def test_probabilities_of_any_number(dtype: str, proba: Array, labels: Array) -> None:
+    theirs = pytest.importorskip("sklearn.metrics").log_loss
+    p = (np.eye(4)[labels] if np.dtype(dtype).kind in "biu" else proba).astype(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # float16 does not sum to 1
+        expected = theirs(labels, p if p.dtype.kind == "f" else p.astype(float))
+        assert log_loss(labels, p) == pytest.approx(expected, rel=1e-3 if dtype == "float16" else 1e-6)
 
 
 # The others

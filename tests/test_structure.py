@@ -49,6 +49,13 @@ def test_there_is_something_to_test() -> None:
     assert "linear_cross_entropy" in OF_LAYERS
 
 
+def test_the_package_tells_what_it_has_in_forty_lines() -> None:
+    lines = (xce.__doc__ or "").splitlines()
+    assert len(lines) <= 40
+    for name in xce.__all__:
+        assert re.search(rf"\b{name}\b", "\n".join(lines)), name
+
+
 @pytest.mark.parametrize("loss", PUBLIC_LOSSES)
 def test_every_loss_has_a_case(loss: str) -> None:
     assert loss in {case.name for case in LOSSES}

@@ -9,7 +9,7 @@ from typing import Any
 import mpmath
 import numpy as np
 import pytest
-from checks import DTYPES, call, compute_dtype, dtype_of, misaligned, widen
+from checks import DTYPES, call, compute_dtype, dtype_of, misaligned, same_bits, widen
 
 import xce
 
@@ -269,5 +269,49 @@ def test_errors() -> None:
         xce.logsumexp(x, b="1")
     with pytest.raises(TypeError, match="return_sign is an int"):
         xce.logsumexp(x, return_sign=1)
-    with pytest.raises(ValueError, match=r"x of shape \(0, 3\) has no classes"):
-        xce.logsumexp(x[:0], axis=0)
+    for function in MAPS:
+        with pytest.raises(ValueError, match=r"x of shape \(0, 3\) has no classes"):
+            function(x[:0], axis=0)
+    for bad in ([[1.0], [1.0, 2.0]], (1.0, object())):
+        for function in (*MAPS, xce.logsumexp):
+            with pytest.raises(TypeError, match=r"^x (is a list that is no array: expected|has dtype object)"):
+                function(bad)
+    with pytest.raises(TypeError, match="x has dtype bool"):
+        xce.softmax([True, False])
+
+
+def test_lists_are_arrays(rng: np.random.Generator) -> None:
+    rows = rng.integers(-3, 4, (3, 4)).tolist()
+    for x in (
+        rows,
+        tuple(map(tuple, rows)),
+        np.asarray(rows, float).tolist(),
+        [np.asarray(row, float) for row in rows],
+    ):
+        for function in (*MAPS, xce.logsumexp):
+            for axis in (-1, None):
+                same_bits(function(x, axis), function(np.asarray(rows, float), axis))
+    same_bits(xce.logsumexp(rows, b=[1, 2, 3, 4]), xce.logsumexp(np.asarray(rows, float), b=np.array([1, 2, 3, 4])))
+    where = [True, False, True, True]
+    same_bits(xce.softmax(rows, where=where), xce.softmax(np.asarray(rows, float), where=np.asarray(where)))
+    assert xce.softmax([np.float32(1), np.float32(2)]).dtype == np.float32
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax.numpy", "array_api_strict"])
+def test_log_sum_exp_of_nothing(library: str) -> None:
+    """The logarithm of 0, as in SciPy."""
+    xp = pytest.importorskip(library)
+    for shape, axis in (((2, 0), -1), ((0, 3), 0), ((2, 0), None), ((2, 0), 0), ((0,), -1), ((2, 0, 0), (1, 2))):
+        for keepdims in (False, True):
+            x = np.zeros(shape, np.float32)
+            with np.errstate(divide="ignore"):
+                expected = np.log(np.sum(x, axis, keepdims=keepdims))
+            for b in (None, 2.0):
+                found = xce.logsumexp(xp.asarray(x), axis, b=b, keepdims=keepdims)
+                assert "float32" in str(found.dtype)
+                np.testing.assert_array_equal(np.asarray(found), expected)
+                lse, sign = xce.logsumexp(xp.asarray(x), axis, b=b, keepdims=keepdims, return_sign=True)
+                np.testing.assert_array_equal(np.asarray(lse), expected)
+                np.testing.assert_array_equal(np.asarray(sign), np.zeros_like(expected))
+    assert xce.logsumexp([]) == -INF
+    assert xce.logsumexp(np.zeros((2, 0), np.float64)).dtype == np.float64

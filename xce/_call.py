@@ -9,7 +9,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from numpy import generic, ndarray
+from numpy import ndarray
 
 from xce import _check as check
 from xce._check import DIVERGENCES, NATIVE_FLOATS, NATIVE_INTEGERS, Array, dtype_name, thread_count
@@ -17,8 +17,8 @@ from xce._dispatch import device_of, namespace, owner_of, placed, view, view_buf
 from xce._options import DEFAULTS, NUMBERS, Numbers, checked
 
 __all__ = [
-    "Array", "Call", "LinearCall", "LogitStats", "divergence_call", "dtype_name", "finish", "linear_call", "map_call", "nll",
-    "outputs", "row_call", "row_loss", "thread_count",
+    "Array", "Call", "LinearCall", "LogitStats", "divergence_call", "dtype_name", "finish", "finish_linear",
+    "linear_call", "map_call", "nll", "outputs", "row_call", "row_loss", "thread_count",
 ]  # fmt: skip
 
 _PLAIN = Numbers()
@@ -89,14 +89,14 @@ def row_loss(function: str, parameter: float, logits: Array, target: Array, opti
     """Return what a public loss of rows returns; plain calls are answered by `_core` before they come here."""
     owner, options = owner_of(logits, "logits"), checked(function, options)
     call = row_call(owner, "loss", function, parameter, logits, target, options)
-    return finish(owner, call, owner.run(call))
+    return finish(owner, call, owner.run(call), options)
 
 
 def nll(log_probs: Array, target: Array, options: Any) -> Any:
     """Return what `nll_loss` returns."""
     owner, options = owner_of(log_probs, "log_probs"), checked("nll_loss", options)
     call = row_call(owner, "nll", "cross_entropy", 0.0, log_probs, target, options, "log_probs")
-    return finish(owner, call, owner.run(call))
+    return finish(owner, call, owner.run(call), options)
 
 
 @placed(4)
@@ -155,14 +155,16 @@ def row_call(
     )
 
 
-def _rows(owner: ModuleType, first: Array, axis: Any, name: str) -> tuple[Array, int, tuple[int, ...]]:
+def _rows(
+    owner: ModuleType, first: Array, axis: Any, name: str, *, allows_none: bool = False
+) -> tuple[Array, int, tuple[int, ...]]:
     """Return the logits as they are computed on, their class axis, and the shape of the rows."""
     logits = owner.view(first, name)
     if type(logits) is not ndarray or logits.dtype not in NATIVE_FLOATS:
         logits = check.of_dtype(logits, name, *check.FLOATS)
     shape = logits.shape
     axis = check.class_axis(axis, len(shape), name)
-    if shape[axis] == 0:
+    if shape[axis] == 0 and not allows_none:
         raise ValueError(f"{name} of shape {shape} has no classes: expected at least one on axis {axis}")
     return logits, axis, shape[:axis] + shape[axis + 1 :]
 
@@ -198,7 +200,7 @@ def map_call(
 ) -> Call:
     """Return the checked call of an operation on `x` alone, whose options have been checked as far as alone."""
     first, where = x, options.get("where")
-    x, axis, _ = _rows(owner, first, axis, "x")
+    x, axis, _ = _rows(owner, first, axis, "x", allows_none=op == "logsumexp")  # the sum of nothing is 0
     if where is not None:
         where = _mask(owner, first, where, x, "x")
     if out is not None:
@@ -249,21 +251,16 @@ def divergence_call(
     )
 
 
-def finish(owner: ModuleType, call: Any, result: tuple[Array, Array | None, Array | None]) -> Any:
-    """Return the loss, or the tuple of it and what was asked for, as the caller's kind of array."""
+def finish(owner: ModuleType, call: Any, result: tuple[Array, Array | None, Array | None], given: Any) -> Any:
+    """Return the loss, or the tuple of it and what was asked for: as the caller's buffers or kind of array."""
     loss, grad, hess = result
     wrap = owner.wrap
     if call.return_grad:
-        grad = wrap(grad) if call.grad_out is None else _in_buffer(wrap(grad), call.grad_out)
+        grad = given.get("grad_out") if call.grad_out is not None else wrap(grad)
     if call.return_hess:
-        hess = wrap(hess) if call.hess_out is None else _in_buffer(wrap(hess), call.hess_out)
+        hess = given.get("hess_out") if call.hess_out is not None else wrap(hess)
         return (wrap(loss), grad, hess) if call.return_grad else (wrap(loss), hess)
     return (wrap(loss), grad) if call.return_grad else wrap(loss)
-
-
-def _in_buffer(result: Array, buffer: Array) -> Array:
-    """Return a result that lies in a buffer: the buffer where it has no axes and would become a number."""
-    return buffer if isinstance(result, generic) else result
 
 
 @placed(1)
@@ -304,9 +301,12 @@ def linear_call(
     return LinearCall(loss, x, linear_weight, linear_bias, chunk_rows, buffers)
 
 
-def finish_linear(owner: ModuleType, call: LinearCall, result: tuple[Array, tuple[Array, ...]]) -> Any:
-    """Return the loss, or the pair of it and the three gradients, as the caller's kind of array."""
+def finish_linear(owner: ModuleType, call: LinearCall, result: tuple[Array, tuple[Array, ...]], grad_out: Any) -> Any:
+    """Return the loss, or the pair of it and the three gradients: as the caller's buffers or kind of array."""
     loss, grads = result
     if not call.loss.return_grad:
         return owner.wrap(loss)
-    return owner.wrap(loss), tuple(None if grad is None else owner.wrap(grad) for grad in grads)
+    return owner.wrap(loss), tuple(
+        owner.wrap(grad) if out is None and grad is not None else out
+        for grad, out in zip(grads, check.three(grad_out), strict=True)
+    )

@@ -44,7 +44,7 @@ def dtype_name(dtype: Any) -> str:
     """Return the name of a dtype of any library: ``"float32"``."""
     if not isinstance(dtype, np.dtype):
         return str(dtype).rpartition(".")[2]
-    return _dtype_names.get(dtype) or _dtype_names.setdefault(dtype, _dtype_text(dtype.newbyteorder("=")))
+    return _dtype_names.get(dtype) or _dtype_names.setdefault(dtype, _dtype_text(native(dtype)))
 
 
 _dtype_names: dict[np.dtype[Any], str] = {}
@@ -54,9 +54,17 @@ def _dtype_text(dtype: Any) -> str:
     return "bfloat16" if isinstance(dtype, np.dtype) and dtype == BFLOAT16 else str(dtype)
 
 
+def from_list(x: Any, name: str) -> Array:
+    """Return what NumPy makes of a list, or of anything else that it takes."""
+    try:
+        return np.asarray(x)
+    except Exception as error:  # of whatever is in it
+        raise TypeError(f"{name} is {described(x)} that is no array: expected entries in rows of one length") from error
+
+
 def native(dtype: Any) -> Any:
     """Return a dtype with the byte order of the machine, in which results are."""
-    return dtype.newbyteorder("=") if isinstance(dtype, np.dtype) else dtype
+    return dtype.newbyteorder("=") if isinstance(dtype, np.dtype) and not dtype.isnative else dtype
 
 
 def typed(x: Array, name: str, *allowed: str) -> Array:
@@ -71,6 +79,11 @@ def of_dtype(x: Array, name: str, *allowed: str) -> Array:
         hint = _bfloat16_hint(x, name) if "bfloat16" in allowed else ""
         raise TypeError(f"{name} has dtype {_dtype_text(x.dtype)}: expected {_either(allowed)}{hint}")
     return x
+
+
+def counted(n: int, one: str, many: str) -> str:
+    """Return a count with its noun: ``1 class``, ``3 classes``."""
+    return f"{n} {one if n == 1 else many}"
 
 
 def _either(words: Sequence[str]) -> str:
@@ -204,7 +217,8 @@ def sparse_teacher(
         if (bad := _first_bad(owner, owner.scan_labels, indices, allowed, axis, *counting)) >= 0:
             place, label = _entry(indices, bad)
             raise LabelError(
-                f"teacher_indices{place} = {label} is out of range: {shape[axis]} classes are 0..{shape[axis] - 1}"
+                f"teacher_indices{place} = {label} is out of range: labels of "
+                f"{counted(shape[axis], 'class', 'classes')} are 0..{shape[axis] - 1}"
             )
         sample_weight, where = counting
         left = None if where is None else owner.classes_left(where, axis)
@@ -313,7 +327,7 @@ def label_error(target: Array, flat: int, n_classes: int, ignore_index: int) -> 
             f"whole numbers in 0..{n_classes - 1}, or ignore_index={ignore_index}"
         )
     return LabelError(
-        f"target{place} = {int(label)} is out of range: labels of {n_classes} classes are "
+        f"target{place} = {int(label)} is out of range: labels of {counted(n_classes, 'class', 'classes')} are "
         f"0..{n_classes - 1}, or ignore_index={ignore_index}"
     )
 
@@ -543,7 +557,8 @@ def class_axis(axis: Any, ndim: int, name: str) -> int:
         if not ndim:
             raise AxisError(f"{name} has shape (): expected at least one axis, that of the classes")
         raise AxisError(
-            f"axis={number_text(axis)} is out of range for {name} of {ndim} dimensions: expected {-ndim}..{ndim - 1}"
+            f"axis={number_text(axis)} is out of range for {name} of {counted(ndim, 'dimension', 'dimensions')}: "
+            f"expected {-ndim}..{ndim - 1}"
         )
     return int(axis) % ndim
 

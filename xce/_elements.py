@@ -77,7 +77,7 @@ def element_loss(
     if reduction is not None:
         options["reduction"] = check.choice("reduction", reduction, loss.reductions)
     call = element_call(owner, loss, params, x, target, options, factors, axis)
-    return finish(owner, call, owner.run(call))
+    return finish(owner, call, owner.run(call), options)
 
 
 @placed(3)

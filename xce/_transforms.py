@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from xce import _check as check
+from xce._backends._numbers import fill
 from xce._backends._scan import in_float64, parts, widen
 from xce._call import Call, map_call
 from xce._check import Array
@@ -33,11 +34,14 @@ _SHIFT = 600  # binary places by which those near an end of their range are move
 
 def transform(op: str, x: Array, axis: Any, out: Array | None, options: Any) -> Any:
     """Return softmax or log_softmax of `x` over any axes."""
-    owner, axis, options = owner_of(x, "x"), _one_axis(axis, x), checked(op, options)
+    x, options = _of_numbers(x, "x"), checked(op, options)
+    options["where"] = _of_numbers(options.get("where"), "where")
+    owner, axis = owner_of(x, "x"), _one_axis(axis, x)
     if isinstance(axis, Integral):
-        call = map_call(owner, op, x, axis, options, out)
-        return owner.wrap(owner.run(call))
-    return _over_axes(owner, x, op, axis, options, out)
+        result = owner.run(map_call(owner, op, x, axis, options, out))
+    else:
+        result = _over_axes(owner, x, op, axis, options, out)
+    return owner.wrap(result) if out is None else out
 
 
 @placed(1)
@@ -48,20 +52,17 @@ def _over_axes(owner: ModuleType, x: Array, op: str, axis: Any, options: dict[st
         out = view_buffer(owner, first, out, "out", "x")
         check.buffers(x, "x", {"out": out}, {"where": kept})
     call = _joined_call(op, x, axes, options | {"where": kept})
-    result = _parted(owner.run(call), x.shape, axes)
-    if out is None:
-        return owner.wrap(result)
-    out[...] = result
-    return owner.wrap(out)
+    return fill(out, _parted(owner.run(call), x.shape, axes))
 
 
 def log_sum_exp(x: Array, axis: Any, b: Array, keepdims: Any, return_sign: Any, where: Array, n_threads: Any) -> Any:
     """Return log(sum(b exp(x))) over any axes, and the sign of the sum if that is asked for."""
+    x, b, where = _of_numbers(x, "x"), _of_numbers(b, "b"), _of_numbers(where, "where")
     owner, axis = owner_of(x, "x"), _one_axis(axis, x)
     keepdims, return_sign = check.flag("keepdims", keepdims), check.flag("return_sign", return_sign)
     if isinstance(axis, Integral) and b is None:
         call = map_call(owner, "logsumexp", x, axis, checked("softmax", {"where": where, "n_threads": n_threads}))
-        lse = owner.run(call)
+        lse = _lse_of(owner, call)
         return _lse_result(owner, lse, None, return_sign, (call.axis,) if keepdims else ())
     return _lse_over_axes(owner, x, axis, b, keepdims, return_sign, where, n_threads)
 
@@ -73,18 +74,36 @@ def _lse_over_axes(
     first = x
     x, axes, kept = _checked(owner, first, axis, where)
     sign = None
-    if b is None:
+    if b is not None:
+        b = check.of_dtype(check.view_factors(owner, first, "x", x, b, "b"), "b", *check.NUMBERS)
+        b = check.broadcast(b, "b", x.shape, "x")
+    if b is None or not math.prod(x.shape[axis] for axis in axes):
         options = checked("softmax", {"where": kept, "n_threads": n_threads})
-        lse = owner.run(_joined_call("logsumexp", x, axes, options))
+        lse = _lse_of(owner, _joined_call("logsumexp", x, axes, options))
     else:
         check.thread_count("n_threads", n_threads)
-        if not math.prod(x.shape[axis] for axis in axes):
-            raise ValueError(f"x of shape {x.shape} has no classes: expected at least one on axis {axes}")
-        b = check.of_dtype(check.view_factors(owner, first, "x", x, b, "b"), "b", *check.NUMBERS)
-        lse, sign = _weighted(x, check.broadcast(b, "b", x.shape, "x"), kept, axes)
+        lse, sign = _weighted(x, b, kept, axes)
         if not return_sign:
             lse = namespace(lse).where(sign < 0, math.nan, lse)
     return _lse_result(owner, lse, sign, return_sign, axes if keepdims else ())
+
+
+def _lse_of(owner: ModuleType, call: Call) -> Array:
+    """Return the log-sum-exp of rows: -inf where there are no classes, as SciPy does."""
+    x, axis = call.logits, call.axis
+    if x.shape[axis]:
+        return owner.run(call)
+    xp = namespace(x)
+    dtype = xp.float64 if check.dtype_name(x.dtype) == "float64" else xp.float32
+    return xp.full(x.shape[:axis] + x.shape[axis + 1 :], -math.inf, dtype=dtype, device=device_of(x))
+
+
+def _of_numbers(x: Any, name: str) -> Any:
+    """Return lists and tuples as arrays of NumPy, whole numbers in logits as float64, and anything else as it is."""
+    if not isinstance(x, list | tuple):
+        return x
+    x = check.from_list(x, name)
+    return x.astype(np.float64) if name == "x" and x.dtype.kind in "iu" else x
 
 
 def _lse_result(owner: ModuleType, lse: Array, sign: Array | None, return_sign: bool, axes: tuple[int, ...]) -> Any:

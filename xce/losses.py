@@ -379,7 +379,7 @@ def distillation_loss(
     """
     owner, checked_options = owner_of(student_logits, "student_logits"), checked("distillation_loss", options)
     call = divergence_call(owner, student_logits, teacher_logits, teacher_indices, divergence, checked_options)
-    return finish(owner, call, owner.run(call))
+    return finish(owner, call, owner.run(call), options)
 
 
 _BINARY = ElementLoss("binary_cross_entropy_with_logits", "binary_cross_entropy_with_logits")
@@ -784,8 +784,8 @@ def softmax(
 
     Parameters
     ----------
-    x : array of float16, bfloat16, float32 or float64, any shape with a class axis
-        Logits in nats. 16-bit logits are computed in float32.
+    x : array of float16, bfloat16, float32 or float64, any shape with a class axis; or list or tuple of numbers
+        Logits in nats. 16-bit logits are computed in float32. Lists become arrays of NumPy, their integers float64.
     axis : int, tuple of ints or None, default -1
         The class axis, or several that are taken as one; None takes all of them.
     temperature : float, default 1.0
@@ -842,8 +842,8 @@ def log_softmax(
 
     Parameters
     ----------
-    x : array of float16, bfloat16, float32 or float64, any shape with a class axis
-        Logits in nats. 16-bit logits are computed in float32.
+    x : array of float16, bfloat16, float32 or float64, any shape with a class axis; or list or tuple of numbers
+        Logits in nats. 16-bit logits are computed in float32. Lists become arrays of NumPy, their integers float64.
     axis : int, tuple of ints or None, default -1
         The class axis, or several that are taken as one; None takes all of them.
     temperature : float, default 1.0
@@ -902,11 +902,11 @@ def logsumexp(
 
     Parameters
     ----------
-    x : array of float16, bfloat16, float32 or float64, any shape with a class axis
-        Logits in nats. 16-bit logits are computed in float32.
+    x : array of float16, bfloat16, float32 or float64, any shape with a class axis; or list or tuple of numbers
+        Logits in nats. 16-bit logits are computed in float32. Lists become arrays of NumPy, their integers float64.
     axis : int, tuple of ints or None, default -1
         The class axis, or several that are taken as one; None takes all of them.
-    b : array of real numbers, or number, optional
+    b : array or list of real numbers, or number, optional
         Factors of the exponentials, broadcast to `x`, of any sign. Where one is 0, `x` is not read.
     keepdims : bool, default False
         Keep `axis`, with length 1.
@@ -921,7 +921,8 @@ def logsumexp(
     Returns
     -------
     scalar or array
-        The log-sum-exp in nats, float32 or, of float64 logits, float64, of the shape of `x` without `axis`.
+        The log-sum-exp in nats, of the shape of `x` without `axis`: float64 of float64 logits, else float32, also of
+        16-bit logits, for which SciPy rounds it to 16 bits.
     sign : scalar or array
         1, 0, -1 or NaN, likewise; only with ``return_sign=True``.
 
@@ -930,15 +931,15 @@ def logsumexp(
     TypeError
         An argument is of the wrong kind or dtype.
     ValueError
-        An option is not allowed, or there is no class.
+        An option is not allowed.
     numpy.exceptions.AxisError
         `axis` is out of range.
 
     Notes
     -----
-    A row of -inf only, or of which `where` leaves nothing, gives -inf, a row with +inf gives +inf, a row with NaN
-    gives NaN. The arguments are those of ``scipy.special.logsumexp``, except that `axis` is -1 by default. With `b`,
-    sums are formed in float64.
+    A row without classes, of -inf only, or of which `where` leaves nothing, gives -inf, a row with +inf gives +inf, a
+    row with NaN gives NaN. The arguments are those of ``scipy.special.logsumexp``, except that `axis` is -1 by
+    default. With `b`, sums are formed in float64.
 
     References
     ----------
@@ -1139,4 +1140,4 @@ def linear_cross_entropy(
     """
     owner, checked_options = owner_of(inputs, "inputs"), checked("linear_cross_entropy", options)
     call = linear_call(owner, inputs, linear_weight, target, linear_bias, chunk_rows, checked_options)
-    return finish_linear(owner, call, owner.run_linear(call))
+    return finish_linear(owner, call, owner.run_linear(call), options.get("grad_out"))

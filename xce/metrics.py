@@ -6,6 +6,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Iterator
+from numbers import Integral, Real
 from types import ModuleType
 from typing import Any, Unpack
 
@@ -15,6 +16,7 @@ from xce import _check as check
 from xce._backends._scan import BFLOAT16, is_label, parts, widen
 from xce._call import Array, Call, row_call
 from xce._dispatch import device_of, namespace, owner_of, placed
+from xce._errors import LabelError
 from xce._options import MetricOptions, checked, takes
 from xce.losses import cross_entropy, logit_stats
 
@@ -338,8 +340,8 @@ def log_loss(
     Parameters
     ----------
     y_true : array or sequence of shape (n,), or array of shape (n, C)
-        True classes, of any type that sorts. Or soft labels: their probabilities, not negative.
-    y_proba : array or sequence of floats, of shape (n, C) or (n,)
+        True classes, of any type that sorts: text, whole numbers. Or soft labels: their probabilities, not negative.
+    y_proba : array or sequence of numbers, of shape (n, C) or (n,)
         Predicted probabilities, in [0, 1], classes in sorted order; or those of the second of two classes. They are
         clipped to [eps, 1 - eps], eps being the spacing of their dtype at 1.
     normalize : bool, default True
@@ -348,8 +350,9 @@ def log_loss(
         Row weights, finite, of either sign; the mean divides by their sum. A weight of 0 removes its row, whatever
         stands there.
     labels : array or sequence of shape (C,), optional
-        All classes, each once. Without it they are those in `y_true` or, where these are fewer than C and integers,
-        0..C-1.
+        All classes, each once. Without it they are those in `y_true`; where these are fewer than C, 0..C-1, if they
+        are whole numbers within that and 0 is among them (else they might be 1..C). Of two classes, 0, 1 or -1 alone
+        tells the other.
 
     Returns
     -------
@@ -358,8 +361,10 @@ def log_loss(
 
     Raises
     ------
+    LabelError
+        A label is missing (None, NaN, NaT, pandas.NA), a fraction, or not one of `labels`.
     TypeError
-        An argument is of the wrong kind or dtype.
+        An argument is of the wrong kind or dtype, or labels do not sort.
     ValueError
         A probability is out of range, a shape does not fit, or the classes cannot be told.
 
@@ -383,15 +388,19 @@ def log_loss(
     """
     normalize = check.flag("normalize", normalize)
     p = _array(y_proba, "y_proba")
+    if isinstance(p.dtype, np.dtype) and p.dtype.char == "g":  # longdouble, as scikit-learn does
+        p = p.astype(np.float64)
     owner = owner_of(p, "y_proba")
     xp = namespace(p)
-    is_whole = check.dtype_name(p.dtype) in ("bool", *check.INTEGERS)  # certain answers
-    dtype = (
-        xp.float64 if is_whole else check.native(check.of_dtype(p, "y_proba", "float16", "float32", "float64").dtype)
-    )
+    kind = check.dtype_name(check.of_dtype(p, "y_proba", *check.NUMBERS).dtype)
+    if kind == "bfloat16":
+        dtype, eps = xp.float32, 2.0**-7
+    else:
+        dtype = check.native(p.dtype) if kind in check.FLOATS else xp.float64  # of certain answers
+        eps = float(xp.finfo(dtype).eps)
     if p.ndim not in (1, 2) or p.shape[0] == 0:
         raise ValueError(f"y_proba has shape {p.shape}: expected (n,) or (n, C) with at least one row")
-    truth = _array(y_true, "y_true")
+    truth = _array(y_true, "y_true", of_labels=True)
     is_soft = len(truth.shape) == 2 and truth.shape[1] != 1
     if is_soft and truth.shape != p.shape:
         raise ValueError(f"y_true has shape {truth.shape}: expected (n,) or {p.shape}, the shape of y_proba")
@@ -408,12 +417,16 @@ def log_loss(
         check.values(owner_of(truth, "y_true"), truth, "y_true", *check.NOT_NEGATIVE, _like(truth, weights))
     else:
         truth = namespace(truth).reshape(truth, (-1,))
-        classes = _classes(truth, weights, (p.shape[0], n_columns), labels)
-    eps, sums, totals, is_normal = float(xp.finfo(dtype).eps), [], [], True
+        if truth.shape[0] != p.shape[0]:
+            found = check.counted(truth.shape[0], "row", "rows")
+            raise ValueError(f"y_true has {found} but y_proba has {p.shape[0]}")
+        truth = _class_labels(truth, "y_true", weights)
+        classes = _classes(truth, weights, n_columns, labels)
+    sums, totals, is_normal = [], [], True
     with np.errstate(all="ignore"):
         is_copied = is_soft or p.dtype not in (xp.float32, xp.float64)
         for rows in _rows(p.shape[0], n_columns if is_copied else 1):
-            q = _side_by_side(p[rows, ...], dtype) if is_copied else p[rows, ...]
+            q = _side_by_side(_without_bfloat16(p[rows, ...]), dtype) if is_copied else p[rows, ...]
             q = xp.reshape(q, (rows.stop - rows.start, -1))
             q = xp.concat([1 - q, q], axis=1) if q.shape[1] == 1 else q
             q = q if dtype in (xp.float32, xp.float64) else xp.astype(q, xp.float32)
@@ -461,13 +474,70 @@ def _like(x: Array, weights: Array | None) -> tuple[Array, ...]:
     return (xp.broadcast_to(xp.reshape(weights, (-1, *(1 for _ in x.shape[1:]))), x.shape),)
 
 
-def _array(x: Any, name: str) -> Any:
+def _array(x: Any, name: str, *, of_labels: bool = False) -> Any:
     """Return arrays as they are computed on, and lists, series and frames as arrays of NumPy."""
     from array_api_compat import is_cupy_array, is_torch_array
 
     if hasattr(x, "__array_namespace__") or is_torch_array(x) or is_cupy_array(x):
         return owner_of(x, name).view(x, name)
-    return np.asarray(x)
+    array = check.from_list(x, name)
+    # of a list with text, NumPy makes text of everything: None and NaN would be classes
+    return np.asarray(x, object) if of_labels and array.dtype.kind in "US" and not hasattr(x, "dtype") else array
+
+
+def _class_labels(x: Array, name: str, weights: Array | None = None) -> Array:
+    """Return labels as they are sorted, those of rows that count being classes: not missing, floats whole numbers."""
+    xp = namespace(x)
+    if xp is np and x.dtype.kind in "OT":
+        x = x.astype(object, copy=False)
+        if len(kinds := set(map(type, x))) == 1 and kinds <= {bool, int, float, str}:
+            x = np.asarray(x.tolist())
+    x = widen(_without_bfloat16(x))
+    if "complex" in check.dtype_name(x.dtype):
+        raise TypeError(
+            f"{name} has dtype {x.dtype}: expected numbers that are whole, text, or anything else that sorts"
+        )
+    for rows in _rows(x.shape[0]):
+        bad = _is_no_class(xp, x[rows])
+        if bad is None:
+            break
+        if weights is not None:
+            bad = bad & xp.asarray(_without_bfloat16(weights[rows]) != 0, device=device_of(x))
+        if bool(xp.any(bad)):
+            at = rows.start + int(xp.argmax(xp.astype(bad, xp.uint8)))
+            value = x[at] if xp is np else check.unboxed(name, x[at])
+            if _is_missing(value):
+                raise LabelError(f"{name}[{at}] = {value} is a missing value: expected a class")
+            raise LabelError(
+                f"{name}[{at}] = {check.number_text(value)} is not a class: expected numbers that are whole, text, or "
+                "anything else that sorts; probabilities as labels have the shape (n, C)"
+            )
+    return x
+
+
+def _is_no_class(xp: Any, labels: Array) -> Array | None:
+    """Return which labels are missing, or floats that are not whole; None where the dtype has no such."""
+    kind = labels.dtype.kind if isinstance(labels.dtype, np.dtype) else ""
+    if kind == "f" or (not kind and xp.isdtype(labels.dtype, "real floating")):
+        with np.errstate(invalid="ignore"):
+            return ~xp.isfinite(labels) | (labels != xp.floor(labels))
+    if kind in ("M", "m"):
+        return np.isnat(labels)
+    if kind == "O":
+        return np.array([_is_missing(v) or _is_fraction(v) for v in labels.tolist()], bool)
+    return None
+
+
+def _is_fraction(label: Any) -> bool:
+    return isinstance(label, Real) and not isinstance(label, Integral) and bool(label % 1)
+
+
+def _is_missing(label: Any) -> bool:
+    """Whether a label is None, NaN, NaT or pandas.NA."""
+    try:
+        return label is None or bool(label != label)
+    except TypeError:  # of pandas.NA, which is neither
+        return True
 
 
 def _row_weights(xp: Any, p: Array, sample_weight: Any) -> Array:
@@ -504,22 +574,37 @@ def _counting(xp: Any, labels: Array, weights: Array | None) -> Array | None:
     return xp.take(labels, xp.where(counts, xp.arange(labels.shape[0], device=device_of(labels)), first))
 
 
-def _classes(truth: Array, weights: Array | None, shape: tuple[int, int], labels: Any) -> Array:
+def _classes(truth: Array, weights: Array | None, n_classes: int, labels: Any) -> Array:
     """Return all classes, in order."""
     xp = namespace(truth)
-    if truth.shape[0] != shape[0]:
-        raise ValueError(f"y_true has {truth.shape[0]} rows but y_proba has {shape[0]}")
     if labels is not None:
-        labels = xp.asarray(labels)
-        if labels.ndim != 1 or labels.shape != (classes := _classes_in(xp, labels)).shape:
-            raise ValueError(_bad_labels(xp, labels))
-        if classes.shape[0] != shape[1]:
-            raise ValueError(f"labels has {classes.shape[0]} classes but y_proba has {shape[1]}: {_text(classes)}")
+        labels = _array(labels, "labels", of_labels=True)
+        if labels.ndim != 1:
+            raise ValueError(f"labels has shape {labels.shape}: expected (C,), each class once")
+        labels = _class_labels(labels, "labels")
+        labels = labels if namespace(labels) is xp else xp.asarray(labels, device=device_of(truth))
+        classes = _sorted_classes(xp, labels, "labels")
+        if labels.shape != classes.shape:
+            ordered = xp.sort(labels)
+            twice = ordered[1:][ordered[1:] == ordered[:-1]]
+            raise ValueError(
+                f"labels has the class {check.number_text(twice[0])} more than once: expected each class once"
+            )
+        if classes.shape[0] != n_classes:
+            found = check.counted(classes.shape[0], "class", "classes")
+            raise ValueError(f"labels has {found} but y_proba has {n_classes}: {_text(classes)}")
         if not bool(xp.all(labels == classes)):
             warnings.warn(f"labels: the columns of y_proba are taken in sorted order, {_text(classes)}", stacklevel=3)
         return classes
-    found = _classes_in(xp, truth, weights)
-    return found if found.shape[0] == shape[1] else _all_classes(xp, found, truth, shape[1])
+    found = _sorted_classes(xp, truth, "y_true", weights)
+    return found if found.shape[0] == n_classes else _all_classes(xp, found, truth, n_classes)
+
+
+def _sorted_classes(xp: Any, labels: Array, name: str, weights: Array | None = None) -> Array:
+    try:
+        return _classes_in(xp, labels, weights)
+    except TypeError as error:
+        raise TypeError(f"{name} holds labels that do not sort ({error}): expected labels of one type") from None
 
 
 def _places(classes: Array, truth: Array, rows: slice, weights: Array | None) -> Array:
@@ -527,22 +612,17 @@ def _places(classes: Array, truth: Array, rows: slice, weights: Array | None) ->
     xp = namespace(truth)
     if (truth := _counting(xp, truth[rows], weights)) is None:
         return xp.zeros(rows.stop - rows.start, dtype=xp.int64)
-    place = xp.clip(xp.searchsorted(classes, truth), 0, classes.shape[0] - 1)
+    try:
+        place = xp.clip(xp.searchsorted(classes, truth), 0, classes.shape[0] - 1)
+    except TypeError as error:
+        raise TypeError(f"y_true does not sort with labels ({error}): expected labels of one type") from None
     bad = xp.take(classes, place) != truth
     if bool(xp.any(bad)):
         counts = bad if weights is None else bad & xp.asarray(weights != 0, device=device_of(truth))
         at = int(xp.argmax(xp.astype(counts, xp.uint8)))
-        found = check.number_text(truth[at])
-        raise ValueError(f"y_true[{rows.start + at}] = {found} is not one of the classes {_text(classes)}")
+        found = check.number_text(truth[at] if xp is np else check.unboxed("y_true", truth[at]))
+        raise LabelError(f"y_true[{rows.start + at}] = {found} is not one of the classes {_text(classes)}")
     return place
-
-
-def _bad_labels(xp: Any, labels: Array) -> str:
-    if labels.ndim != 1:
-        return f"labels has shape {labels.shape}: expected (C,), each class once"
-    ordered = xp.sort(labels)
-    twice = ordered[1:][ordered[1:] == ordered[:-1]]
-    return f"labels has the class {check.number_text(twice[0])} more than once: expected each class once"
 
 
 def _all_classes(xp: Any, found: Array, every: Array, n_classes: int) -> Array:
@@ -550,17 +630,22 @@ def _all_classes(xp: Any, found: Array, every: Array, n_classes: int) -> Array:
     kind = check.dtype_name(found.dtype)
     if kind == "bool":
         return xp.asarray([False, True])
-    if kind in check.INTEGERS:
-        if n_classes == 2 and int(found[0]) == -1:  # of -1 and 1
+    is_float = kind in check.FLOATS
+    if kind in check.INTEGERS or (is_float and n_classes <= 2 / xp.finfo(found.dtype).eps):  # which it holds exactly
+        low, high = int(found[0]), int(found[-1])
+        if n_classes == 2 and low == -1 == high:  # of -1 and 1
             return xp.asarray([-1, 1], dtype=found.dtype)
-        if int(found[0]) >= 0 and int(found[-1]) < n_classes:
+        # without 0 they could also be 1..C
+        if high < n_classes and (low == 0 or (n_classes == 2 and low == 1)):
             return xp.astype(xp.arange(n_classes), found.dtype)
+    if (bad := _is_no_class(xp, every)) is not None:
+        every = every[~bad]
     with contextlib.suppress(TypeError):  # what stands in removed rows need not sort
         if (others := _classes_in(xp, every)).shape[0] == n_classes:
             return others
     raise ValueError(
-        f"y_true has {found.shape[0]} classes but y_proba has {n_classes}, and which are missing cannot be told: "
-        f"pass all of them as labels; found are {_text(found)}"
+        f"y_true has {check.counted(found.shape[0], 'class', 'classes')} but y_proba has {n_classes}, and which are "
+        f"missing cannot be told: pass all of them as labels; found are {_text(found)}"
     )
 
 

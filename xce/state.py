@@ -334,7 +334,9 @@ class LossState:
         return self._sum.value() if reduction == "sum" else self._sum.over(self._denominator)
 
     def __repr__(self) -> str:
-        state = f"{len(self._open)} blocks of rows open" if self._open else "all rows finished"
+        state = (
+            f"{check.counted(len(self._open), 'block', 'blocks')} of rows open" if self._open else "all rows finished"
+        )
         return f"<LossState: n_classes={self.n_classes}, {state}>"
 
     # ------------------------------------------------------------------------------------------------------------

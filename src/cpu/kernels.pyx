@@ -612,6 +612,7 @@ def run(int what, int phi, numbers, long long ignore_index, dict operands, int a
     cdef Job *job = &order.job
     cdef Plan *plan = &order.plan
     cdef cnp.ndarray x = <cnp.ndarray>operands["x"]
+    cdef Py_ssize_t teacher_classes = 0
     cdef int i, j = 0
     memset(job, 0, sizeof(Job))
     for i in range(OPTIONS):
@@ -631,7 +632,9 @@ def run(int what, int phi, numbers, long long ignore_index, dict operands, int a
     weight = operands.get("weight")
     if weight is not None:
         job.weight = <const scalar *>cnp.PyArray_DATA(<cnp.ndarray>weight)
-    return compute(order, cnp.PyArray_DIM(<cnp.ndarray>operands["q"], axis) if phi >= FIRST_DIVERGENCE else 0, n_threads)
+    if phi >= FIRST_DIVERGENCE:
+        teacher_classes = cnp.PyArray_DIM(<cnp.ndarray>operands["q"], axis)
+    return compute(order, teacher_classes, n_threads)
 
 
 cdef int run_plain_rows(plain_rows *given) except -1:

@@ -69,14 +69,25 @@ def describe(path: Path, start: bytes) -> str:
 def _describe_text(text: str) -> tuple[str, str]:
     if text.lstrip()[:1] in ("[", "{"):
         return "JSON text", "json.load(open({path!r}))"
-    first = text.partition("\n")[0]
+    first, _, rest = text.partition("\n")
     delimiter = next((mark for mark in (",", ";", "\t") if mark in first), None)
+    words = [word.strip().strip('"') for word in first.split(delimiter)]
+    if delimiter and not words[0]:  # the header of an index, as pandas and R write it
+        options = "" if delimiter == "," else f", sep={delimiter!r}"
+        return "text with an index", f"pandas.read_csv({{path!r}}{options}, index_col=0).to_numpy()"
     options = f", delimiter={delimiter!r}" if delimiter else ""
-    try:
-        [float(word) for word in first.replace(delimiter or " ", " ").split()]
-    except ValueError:
+    is_counted = len(words) > 1 and words == [str(i) for i in range(len(words))]  # the header of pandas without names
+    if not all(map(_is_number, filter(None, words))) or (is_counted and rest.strip()):
         options += ", skiprows=1"
     return "text", f"numpy.loadtxt({{path!r}}{options})"
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def describe_zip(path: Path, names: Iterable[str]) -> str:

@@ -26,6 +26,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from xce._check import counted
+
 from ._errors import OneLineError, one_line
 from ._formats import FIRST_BYTES, describe, describe_zip
 
@@ -380,7 +382,9 @@ def _array_file(
         raise InputError(f"{name} is damaged: shape {shape}")
     needed = math.prod(shape) * dtype.itemsize
     if needed > available:
-        raise InputError(f"{name} is damaged: shape {shape} needs {needed} bytes of data, it has {available}")
+        raise InputError(
+            f"{name} is damaged: shape {shape} needs {counted(needed, 'byte', 'bytes')} of data, it has {available}"
+        )
     if dtype.kind == "V" and dtype.itemsize == 2 and dtype.names is None and dtype.subdtype is None:
         dtype = _bfloat16(name)
     return ArrayFile(name, path, member, shape, dtype, fortran_order, offset)

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
 import numpy as np
 from numpy.typing import NDArray
 
-from ._errors import UnwrittenFileError, one_line
+from ._errors import OneLineError, UnwrittenFileError, one_line
 from ._extras import require
 from ._stats import Calibration
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["demo_figure", "score_figure", "write_figure"]
+__all__ = ["check_figure", "demo_figure", "score_figure", "write_figure"]
 
 # Distinguishable with any colour vision (Okabe and Ito, 2008).
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#6b6b6b"
@@ -107,12 +108,46 @@ def score_figure(histogram: NDArray[np.int64], calibration: Calibration, loss: f
         _draw_histogram(axes[0], histogram)
         _draw_reliability(axes[1], calibration)
         mean = f"{loss:.4g} nats" if math.isfinite(loss) else str(loss)
-        figure.suptitle(f"{int(histogram.sum()):,} rows, mean cross entropy {mean}", fontsize=14)
+        rows = int(histogram.sum())
+        figure.suptitle(f"{rows:,} {'row' if rows == 1 else 'rows'}, mean cross entropy {mean}", fontsize=14)
     return figure
 
 
+def check_figure(path: Path) -> None:
+    """Refuse what no figure can be written to; said before anything is computed.
+
+    Parameters
+    ----------
+    path : Path
+        Where one is to be written.
+
+    Raises
+    ------
+    click.UsageError
+        When its ending is none of a format, or there is no such directory, or a directory of that name.
+    click.ClickException
+        When matplotlib is not installed, or cannot be loaded.
+    """
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it would talk about its caches and fonts
+    try:
+        formats = require("matplotlib.backend_bases").FigureCanvasBase.get_supported_filetypes()
+    except click.ClickException:
+        raise
+    except Exception as error:  # whatever its configuration makes it raise
+        raise OneLineError(f"matplotlib cannot be loaded: {one_line(error)}") from None
+    problem = ""
+    if path.suffix.lower().lstrip(".") not in formats:
+        problem = f"expected a name that ends in one of {', '.join(f'.{name}' for name in sorted(formats))}"
+    elif path.is_dir():
+        problem = "it is a directory"
+    elif not path.parent.is_dir():
+        problem = f"there is no directory {path.parent}"
+    if problem:
+        raise click.UsageError(f"the figure {path} cannot be written: {problem}")
+
+
 def write_figure(draw: Callable[[], Figure], path: Path) -> None:
-    """Draw a figure and write it; the ending of the file name chooses the format.
+    """Draw a figure and write it; the ending of the file name, which was checked, chooses the format.
 
     Parameters
     ----------
@@ -126,15 +161,10 @@ def write_figure(draw: Callable[[], Figure], path: Path) -> None:
     UnwrittenFileError
         When it cannot be drawn or written.
     """
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it would talk about its caches and fonts
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     try:
-        figure = draw()
-        formats = figure.canvas.get_supported_filetypes()
-        ending = path.suffix.lower().lstrip(".")
-        if ending not in formats:
-            raise ValueError(f"expected a name that ends in one of {', '.join(f'.{name}' for name in sorted(formats))}")
         content = io.BytesIO()  # a file that matplotlib cannot write, it leaves open
-        figure.savefig(content, format=ending, dpi=150)
+        draw().savefig(content, format=path.suffix.lower().lstrip("."), dpi=150)
         path.write_bytes(content.getbuffer())
     except Exception as error:  # matplotlib, Pillow and LaTeX raise anything; the results are printed already
         raise UnwrittenFileError(f"the figure {path} could not be written: {one_line(error)}") from None

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import xce
+from xce._check import counted
 
 from ._io import ArrayFile, InputError
 from ._stats import Calibration, Moments, Rows, WorstRows
@@ -205,7 +206,7 @@ def score_files(
     ProbabilitiesError
         When the logits look like probabilities.
     """
-    _check_logits(logits, labels)
+    _check_logits(logits, labels, probabilities)
     labels = _fitting_labels(labels, logits)
     classes = logits.shape[-1]
     row_bytes = classes * logits.dtype.itemsize
@@ -220,15 +221,15 @@ def score_files(
     chunks = zip(logits.blocks(step, row_ndim=1), _checked_labels(labels, step, classes, ignore_index), strict=True)
     for block, target in chunks:
         if guess:
-            counted = np.flatnonzero(target != ignore_index)
-            if counted.size:
+            kept = np.flatnonzero(target != ignore_index)
+            if kept.size:
                 guess = False
                 limit = min(SAMPLE_ROWS, max(1, SAMPLE_BYTES // row_bytes))
-                sample = counted[:: -(-counted.size // limit)]
+                sample = kept[:: -(-kept.size // limit)]
                 if _are_probabilities(block[sample]):
                     raise ProbabilitiesError(
                         f"{logits.name} seems to hold probabilities: "
-                        f"{sample.size} sampled rows lie within 0..1 and sum to 1. "
+                        f"{counted(sample.size, 'sampled row lies', 'sampled rows lie')} within 0..1 with sum 1. "
                         "Score them as such with --probabilities, or as logits with --logits"
                     )
         if probabilities:
@@ -239,7 +240,7 @@ def score_files(
     return result
 
 
-def _check_logits(logits: ArrayFile, labels: ArrayFile) -> None:
+def _check_logits(logits: ArrayFile, labels: ArrayFile, probabilities: bool) -> None:
     """Refuse logits for what their header tells."""
     rows = logits.shape[:-1]
     if logits.dtype.name not in _FLOATS:
@@ -252,6 +253,15 @@ def _check_logits(logits: ArrayFile, labels: ArrayFile) -> None:
         raise InputError(f"{logits.name} holds a single number, expected logits of shape (rows, classes)")
     if logits.shape[-1] == 0:
         raise InputError(f"{logits.name} has shape {logits.shape}: 0 classes, nothing to score")
+    is_column = logits.shape[-1] == 1
+    if is_column or (len(logits.shape) == 1 and logits.shape == labels.shape):
+        what, x = ("probabilities", "p") if probabilities else ("logits", "x")
+        column = x if is_column else f"{x}[:, None]"
+        both = f"numpy.append(1 - {column}, {column}, -1)" if probabilities else f"numpy.insert({column}, 0, 0, -1)"
+        raise InputError(
+            f"{logits.name} has shape {logits.shape}: expected a column for each class, two at least; "
+            f"if it holds the {what} {x} of the second of two classes, save {both}"
+        )
     if math.prod(rows) == 0:
         raise InputError(f"{logits.name} has shape {logits.shape}: 0 rows, nothing to score")
 

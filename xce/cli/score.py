@@ -25,7 +25,7 @@ from rich.text import Text
 from ._console import console_output, note
 from ._errors import EXIT_CODES
 from ._io import open_array
-from ._plots import score_figure, write_figure
+from ._plots import check_figure, score_figure, write_figure
 from ._scoring import score_files
 
 __all__ = ["score"]
@@ -99,6 +99,8 @@ def score(
     """  # noqa: D301
     if probabilities and are_logits:
         raise click.UsageError("--probabilities and --logits exclude each other; expected one of them")
+    if plot is not None:
+        check_figure(plot)
     logits_file, labels_file = open_array(logits), open_array(labels)
     with _progress(quiet) as progress:
         task = progress.add_task("scoring", total=math.prod(logits_file.shape) * logits_file.dtype.itemsize)
