@@ -602,7 +602,12 @@ XCE_PART void relative_finish(row_result *r, row_state s, row_target t, row_slop
 
 /* ---- a row and its teacher's ------------------------------------------------------------------------------------------ */
 
-XCE_FN real_pair distance_gap(real_pair x, real_pair y) /* x - y, of distances of student and teacher */
+/* Of a class of student and teacher: the distances from the greatest of each, and the first less the second */
+typedef struct {
+    real_pair x, y, gap;
+} distance_pair;
+
+XCE_FN real_pair distance_gap(real_pair x, real_pair y) /* x - y */
 {
     real_pair gap = r_difference(x.high, y.high);
     return r_pair(gap.high, gap.low + (x.low - y.low));
@@ -616,10 +621,17 @@ XCE_FN prob_pair match_gap(row_match row, real x_exp, real y_exp, real_pair gap)
     return at;
 }
 
-XCE_FN prob_pair match_entry(row_match row, real_pair x, real_pair y)
+XCE_FN prob_pair match_entry(row_match row, distance_pair at)
 {
     const exp_reference ref = r_exp_reference(r_set(0));
-    return match_gap(row, r_exp_relative_pair(x, ref), r_exp_relative_pair(y, ref), distance_gap(x, y));
+    return match_gap(row, r_exp_relative_pair(at.x, ref), r_exp_relative_pair(at.y, ref), at.gap);
+}
+
+XCE_FN prob_pair match_top(row_match row, real_pair y) /* at the student's top class; y: the teacher's distance there */
+{
+    const real_pair zero = {r_set(0), r_set(0)};
+    distance_pair at = {zero, y, distance_gap(zero, y)};
+    return match_entry(row, at);
 }
 
 /* `excess`: the sum of exp of the student's distances less that of the teacher's, over all classes; y: the teacher's distance at
@@ -633,8 +645,7 @@ XCE_PART row_match match_rows(row_state student, row_state teacher, real excess,
                          r_log((student.top + student.rest) * teacher.inverse));
     row.gap = r_pair(-y.high, -y.low);
     row.top_share = row.top_softplus = r_set(0);
-    real_pair zero = {r_set(0), r_set(0)};
-    prob_pair at = match_entry(row, zero, y);
+    prob_pair at = match_top(row, y);
     row.top_share = at.t / (at.p + at.t);
     row.top_softplus = log1p_exp_minus(at.d, at.d_low);
     return row;
@@ -687,8 +698,7 @@ XCE_FN jet match_outside(int divergence, row_match row, real factor, real b, rea
 XCE_PART row_result match_finish(row_state student, row_match row, match_sums sums, real_pair y, real weight, real factor,
                                  real sick, int divergence)
 {
-    const real_pair zero = {r_set(0), r_set(0)};
-    prob_pair at = match_entry(row, zero, y);
+    prob_pair at = match_top(row, y);
     log_prob top = row_top(student);
     jet f = divergence_term(divergence, at, row);
     row_result r;
@@ -752,12 +762,14 @@ typedef struct {
     real_pair scale; /* softcap / (1 + exp(-2 b)) */
 } logit_origin;
 
+XCE_FN int is_one(scalar_pair a) { return a.high == 1 && a.low == 0; }
+
 XCE_FN real_pair pair_of(scalar_pair a) { return r_pair(r_set(a.high), r_set(a.low)); }
 
 XCE_FN real_pair divided_by(real_pair a, scalar_pair by)
 {
     real_pair b = pair_of(by);
-    if (by.high == 1 && by.low == 0)
+    if (is_one(by))
         return a;
     real inverse = r_set(1 / by.high), high = a.high / b.high, back = high * b.high;
     real low = (((a.high - back) - r_product_low(high, b.high, back)) + (a.low - high * b.low)) * inverse;
@@ -790,19 +802,35 @@ XCE_FN real_pair times_reciprocal(real_pair a, real_pair b)
     return r_pair(high, r_select(r_gt(r_set(XCE_INF), r_abs(low)), low, r_set(0)));
 }
 
-/* x - max over the temperature. A difference beyond the type may have a quotient within it. */
-XCE_FN real_pair distance_by_temperature(logit_transform t, logit_origin o, real x)
+/* x - max, exactly, times the share */
+XCE_FN real_pair raw_distance(logit_transform t, logit_origin o, real x)
 {
-    if (t.temperature.high == 1 && t.temperature.low == 0)
-        return r_difference(x, o.max);
+    return r_difference(r_set(t.share) * x, o.share_of_max);
+}
+
+XCE_FN real_pair raw_over_temperature(logit_transform t, logit_origin o, real_pair a) /* a: a difference times the share */
+{
     if (t.is_moderate)
-        return times_reciprocal(r_difference(r_set(t.share) * x, o.share_of_max), o.by_temperature);
-    const real half = r_set((scalar)0.5);
-    real_pair d = r_difference(x, o.max);
-    rmask beyond = r_eq(d.high, r_set(-XCE_INF));
-    d.high = r_select(beyond, half * x - half * o.max, d.high);
-    d = divided_by(d, t.temperature);
-    return r_pair(r_select(beyond, d.high + d.high, d.high), d.low);
+        return times_reciprocal(a, o.by_temperature);
+    return r_scaled(r_set(1 / t.share), divided_by(a, t.temperature));
+}
+
+XCE_FN real_pair distance_by_temperature(logit_transform t, logit_origin o, real x) /* x - max over the temperature */
+{
+    real_pair d = raw_distance(t, o, x);
+    return is_one(t.temperature) ? d : raw_over_temperature(t, o, d);
+}
+
+/* Student and teacher at a class. The gap is formed before it is divided: it may be smaller than what quotients round away. */
+XCE_FN distance_pair distances_of_pair(logit_transform t, logit_origin student, logit_origin teacher, real x, real y)
+{
+    real_pair a = raw_distance(t, student, x), b = raw_distance(t, teacher, y), gap = distance_gap(a, b);
+    distance_pair d = {a, b, gap};
+    if (!is_one(t.temperature)) {
+        d.x = raw_over_temperature(t, student, a), d.y = raw_over_temperature(t, student, b);
+        d.gap = raw_over_temperature(t, student, r_pair_of(gap.high, gap.low));
+    }
+    return d;
 }
 
 /* With a = x / softcap and b = max / softcap, tanh a - tanh b is
@@ -821,7 +849,7 @@ XCE_PART real_pair distance_by_softcap(logit_transform t, logit_origin o, real x
                    r_select(above, decay.low, r_select(below, o.decay.low, zero))};
     factor = r_pair_multiply(r_pair_multiply(r_scaled(r_set(2), factor), k), o.scale);
     real_pair d = r_pair_divide(factor, one_plus(decay));
-    if (!(t.temperature.high == 1 && t.temperature.low == 0))
+    if (!is_one(t.temperature))
         d = t.is_moderate ? r_scaled(r_set(t.share), times_reciprocal(d, o.by_temperature)) : divided_by(d, t.temperature);
     /* infinities stay */
     rmask infinite = r_eq(r_max(r_abs(x), r_abs(o.max)), r_set(XCE_INF));

@@ -947,7 +947,7 @@ def distillation(g: Chooser, name: str) -> Call:
     noise = g.rng.standard_normal(x.shape)
     finite = np.where(np.isfinite(x), x, 0).astype(np.float64)
     if how == "near":
-        y = finite + g.one_of(1e-3, 1e-6, 0.1) * noise
+        y = finite + g.one_of(1e-3, 1e-6, 0.1) * noise * g.one_of(1, finite)
     elif how == "shifted":
         y = finite + g.one_of(1e4, -300.0, 10.0) + g.one_of(0.0, 1e-2) * noise
     elif how == "far":

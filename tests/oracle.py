@@ -436,12 +436,6 @@ def distillation(divergence: str, x: Array, y: Array, kept: Array, s: Array, tem
     lost = 16 * x.shape[-1] * LD(tiny) * (1 + np.abs(np.where(np.isfinite(d), d, 0)).max(-1))
     of_entries = np.broadcast_to(lost[:, None], x.shape)
     inverse = 1 / LD(temperature)
-    if temperature != 1 and tiny:  # both distances are divided, in two parts, before they are subtracted
-        eps = LD(2) ** (-52 if tiny < 1e-300 else -23)
-        away = np.maximum(*(np.max(np.where(np.isfinite(v), np.abs(v), 0), -1) for v in (student.u, teacher.u)))
-        apart = 4 * eps * eps * away  # by so much d errs, and the loss, about half the sum of p d^2, by p d times it
-        of_entries = of_entries + apart[:, None]
-        lost = lost + apart * (2 * np.sqrt(np.where(np.isfinite(loss), loss, 0)) + apart)
     found = Losses(
         Bound(loss, np.abs(loss), lost),
         Bound(grad, grad_size, of_entries).scaled(inverse),

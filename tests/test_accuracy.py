@@ -566,19 +566,43 @@ def test_divergences(mode: str, dtype: str, computed: str, rng: np.random.Genera
         check_divergence(mode, dtype, distance, shift, n_classes, temperature, rng, function)
 
 
+@pytest.mark.parametrize("computed", ["kernels", "reference"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("mode", CASE_OF[xce.distillation_loss].modes)
+def test_divergences_near_the_teacher(mode: str, dtype: str, computed: str, rng: np.random.Generator) -> None:
+    """As accurate down to an ulp of small logits, whose gap is far below an ulp of their distance from the top one.
+
+    Rows of 5000 classes are read again, not kept on the stage.
+    """
+    function: Any = xce.distillation_loss if computed == "kernels" else None
+    distances = [0.1, 1e-3, 1e-5, *([1e-8, 1e-12] if dtype == "float64" else []), 2 * float(np.finfo(dtype).eps)]
+    rows = [*itertools.product(distances, (3, 40, 300), (0.5, 3.0, 7.3), (0, 1e4)), (distances[2], 5000, 7.3, 0)]
+    for distance, n_classes, temperature, shift in rows:
+        check_divergence(mode, dtype, distance, shift, n_classes, temperature, rng, function, near=True)
+
+
 def check_divergence(
     mode: str, dtype: str, distance: float, shift: float, n_classes: int, temperature: float,
-    rng: np.random.Generator, function: Any = None,
+    rng: np.random.Generator, function: Any = None, near: bool = False,
 ) -> None:  # fmt: skip
-    """Compare a row; `function` None: the reference."""
+    """Compare a row; `function` None: the reference.
+
+    `near`: small logits below one that is not, each of them `distance` of itself away from the teacher's.
+    """
     divergence = mode.split()[-1]
     x = (2 * rng.standard_normal(n_classes)).astype(dtype)
-    given = (x.astype(np.float64) + distance * rng.standard_normal(n_classes) + shift).astype(dtype)
+    noise = distance * rng.standard_normal(n_classes)
+    if near:
+        x = (3 * 10 ** rng.uniform(-9, -6, n_classes)).astype(dtype)
+        x[rng.integers(n_classes)] = 5
+        noise *= np.where(x == x.max(), 0, x)
+    given = (x.astype(np.float64) + noise + shift).astype(dtype)
     teacher, options = given, {"divergence": divergence, "temperature": temperature}
     if mode.startswith("sparse"):
         indices = rng.permutation(n_classes)[: rng.choice([2, max(2, n_classes // 3), n_classes])]
         others = np.setdiff1d(np.arange(n_classes), indices)
-        x[others] -= np.dtype(dtype).type(rng.choice([0, 10, 30]))  # what the teacher leaves out may be negligible
+        # what the teacher leaves out may be negligible
+        x[others] -= np.dtype(dtype).type(4000 if near else rng.choice([0, 10, 30]))
         given = given[indices]
         teacher = np.full_like(teacher, -np.inf)
         teacher[indices] = given
@@ -588,7 +612,7 @@ def check_divergence(
     else:
         results = call(function, x, given, **options, **FLAGS)
     eps = float(np.finfo(dtype).eps)
-    with mpmath.workdps(60):
+    with mpmath.workdps(100):
         exact = exact_divergence(mpf_of(x), mpf_of(teacher), divergence, temperature)
         lost = mpmath.mpf(400 * n_classes * float(np.finfo(dtype).tiny)) / temperature
         off = abs(_mpf(results[0]) - exact[0])

@@ -307,6 +307,9 @@ def test_divergences_at_any_shift_and_distance(mode: str, rng: np.random.Generat
     accuracy = pytest.importorskip("test_accuracy")
     for distance, n_classes, dtype in itertools.product(accuracy.DISTANCES, (3, 70), ("float32", "float64")):
         accuracy.check_divergence(mode, dtype, distance, 1e4, n_classes, 0.7, rng, xce.distillation_loss)
+    for n_classes, dtype in itertools.product((3, 70), ("float32", "float64")):
+        for distance in (1e-3, 2 * float(np.finfo(dtype).eps)):
+            accuracy.check_divergence(mode, dtype, distance, 0, n_classes, 7.3, rng, xce.distillation_loss, near=True)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -79,6 +79,11 @@ cdef inline real_pair distances(const Job *job, const logit_origin *origin, real
     return distance_by_temperature(job.transform, origin[0], x)
 
 
+cdef inline distance_pair pair_at(const Job *job, const View *v, real x, real y) noexcept nogil:
+    """Those of student and teacher, and their difference."""
+    return distances_of_pair(job.transform, v.by.origin, v.by.teacher_origin, x, y)
+
+
 cdef inline real_pair entries(const Job *job, const View *v, real x, int level) noexcept nogil:
     """Logits as the loss takes them."""
     cdef real_pair z
@@ -155,10 +160,10 @@ cdef inline void terms(
         terms_of_match(job, v, kept_match(v, c, wide), c, wide, kind, keep, skip_top, out)
         return
     x = logits(job, v, c, n, wide, level)
-    z = entries(job, v, x, level)
     if kind >= SUM_TEACHER:
-        terms_of_pair(job, v, z, teacher_logits(job, v, c, n, wide, level), c, wide, kind, keep, skip_top, out)
+        terms_of_pair(job, v, x, teacher_logits(job, v, c, n, wide, level), c, wide, kind, keep, skip_top, out)
         return
+    z = entries(job, v, x, level)
     if kind >= SUM_PHI:
         d, parts = coefficients(job, v, c, n, wide, level), r_exp_pair_near(z).exp
         phi = phi_of(job, v, kind - SUM_PHI, z, parts, d, &at, &out[3])
@@ -192,22 +197,21 @@ cdef inline void terms(
 
 
 cdef inline void terms_of_pair(
-    const Job *job, const View *v, real_pair x, real teacher_logit, Py_ssize_t c,
+    const Job *job, const View *v, real x, real y, Py_ssize_t c,
     bint wide, int kind, int keep, bint skip_top, real *out,
 ) noexcept nogil:
-    """The same of student and teacher."""
-    cdef real_pair y = distances(job, &v.by.teacher_origin, teacher_logit), gap
+    """The same of student and teacher, from their logits."""
+    cdef distance_pair at = pair_at(job, v, x, y)
     if kind != SUM_TEACHER:
-        terms_of_match(job, v, match_entry(v.by.match, x, y), c, wide, kind, keep, skip_top, out)
+        terms_of_match(job, v, match_entry(v.by.match, at), c, wide, kind, keep, skip_top, out)
         return
-    gap = distance_gap(x, y)
-    out[0], out[2] = r_exp_relative_pair(y, v.ref), r_exp_relative_pair(x, v.ref)
-    out[1] = exp_difference(out[2], out[0], gap.high + gap.low)
+    out[0], out[2] = r_exp_relative_pair(at.y, v.ref), r_exp_relative_pair(at.x, v.ref)
+    out[1] = exp_difference(out[2], out[0], at.gap.high + at.gap.low)
     if keep == PAIRED:
         keep_part(v, 0, c, wide, out[2])
         keep_part(v, 1, c, wide, out[0])
-        keep_part(v, 2, c, wide, gap.high)
-        keep_part(v, 3, c, wide, gap.low)
+        keep_part(v, 2, c, wide, at.gap.high)
+        keep_part(v, 3, c, wide, at.gap.low)
     if skip_top:
         out[0] = without(out[0], v.teacher_top, v.teacher_tops, c, wide)
         out[2] = without_top(v, out[2], c, wide)
@@ -245,8 +249,8 @@ cdef inline void terms_of_match(
 
 cdef void terms_sparse(const Job *job, const View *v, Py_ssize_t c, bint wide, int kind, real *out) noexcept nogil:
     """At places c on of a sparse teacher's classes."""
-    cdef real_pair x = distances(job, &v.by.origin, v.picked[c // LANES if wide else c])
-    terms_of_pair(job, v, x, v.kept_teacher[c // LANES if wide else c], c, wide, kind, FORGET, True, out)
+    cdef Py_ssize_t k = c // LANES if wide else c
+    terms_of_pair(job, v, v.picked[k], v.kept_teacher[k], c, wide, kind, FORGET, True, out)
 
 
 cdef void terms_full(
@@ -278,10 +282,9 @@ cdef inline void write(
         if keep == PAIRED:
             p, phi.d1, phi.d2 = kept_part(v, 0, c, wide), kept_part(v, 1, c, wide), kept_part(v, 2, c, wide)
         else:
-            match = match_entry(
-                v.by.match, entries(job, v, logits(job, v, c, n, wide, level), level),
-                distances(job, &v.by.teacher_origin, teacher_logits(job, v, c, n, wide, level)),
-            )
+            match = match_entry(v.by.match, pair_at(
+                job, v, logits(job, v, c, n, wide, level), teacher_logits(job, v, c, n, wide, level)
+            ))
             phi, p = divergence_term(job.phi, match, v.by.match), match.p
         phi = match_derivatives(job.phi, phi, p, v.factor, v.b, v.d)
         g, h = phi.d1, phi.d2

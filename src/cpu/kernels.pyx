@@ -66,6 +66,8 @@ cdef extern from "formulas.h" nogil:
         real_pair exp, expm1
     ctypedef struct log_prob:
         real u, p, not_p
+    ctypedef struct distance_pair:
+        real_pair x, y, gap
     ctypedef struct prob_pair:
         real p, t, d, above_top, d_low
     ctypedef struct row_match:
@@ -147,9 +149,8 @@ cdef extern from "formulas.h" nogil:
     row_result row_finish(row_state s, row_target t, int phi, scalar parameter)
     jet loss_phi(int phi, log_prob at, scalar parameter)
     real exp_difference(real a, real b, real d)
-    real_pair distance_gap(real_pair x, real_pair y)
     prob_pair match_gap(row_match row, real x_exp, real y_exp, real_pair gap)
-    prob_pair match_entry(row_match row, real_pair x, real_pair y)
+    prob_pair match_entry(row_match row, distance_pair at)
     row_match match_rows(row_state student, row_state teacher, real excess, real_pair y)
     jet divergence_term(int divergence, prob_pair at, row_match row)
     jet match_derivatives(int divergence, jet f, real p, real factor, real b, real d)
@@ -163,6 +164,7 @@ cdef extern from "formulas.h" nogil:
     logit_transform transform_of(double softcap, double temperature)
     logit_origin transform_origin(logit_transform t, real max)
     real_pair distance_by_temperature(logit_transform t, logit_origin o, real x)
+    distance_pair distances_of_pair(logit_transform t, logit_origin student, logit_origin teacher, real x, real y)
     real_pair distance_by_softcap(logit_transform t, logit_origin o, real x)
     real transform_logit(logit_transform t, real x)
     void transform_derivatives(logit_transform t, real x, real *g, real *h)

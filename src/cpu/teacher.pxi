@@ -246,19 +246,17 @@ cdef inline Label index_at(const Job *job, const Tile *tile, int i, Py_ssize_t j
 
 cdef void write_sparse(const Job *job, const Tile *tile, const View *v, int row) noexcept nogil:
     """The outputs at the teacher's classes of row `row` (wide) or of all rows (many)."""
-    cdef Py_ssize_t n_places = job.teacher.n_classes, c = 0
+    cdef Py_ssize_t n_places = job.teacher.n_classes, c = 0, k
     cdef scalar grad[LANES]
     cdef scalar hess[LANES]
-    cdef real_pair x, y
     cdef prob_pair match
     cdef jet f
     cdef Label label
     cdef int n, i, step = LANES if job.wide else 1
     while c < n_places and not is_time_to_look(job.watch, c):
         n = <int>min(<Py_ssize_t>LANES, n_places - c) if job.wide else tile.n
-        x = distances(job, &v.by.origin, v.picked[c // LANES if job.wide else c])
-        y = distances(job, &v.by.teacher_origin, v.kept_teacher[c // LANES if job.wide else c])
-        match = match_entry(v.by.match, x, y)
+        k = c // LANES if job.wide else c
+        match = match_entry(v.by.match, pair_at(job, v, v.picked[k], v.kept_teacher[k]))
         f = match_derivatives(
             job.phi, divergence_term(job.phi, match, v.by.match), match.p, v.factor, v.b, v.d
         )

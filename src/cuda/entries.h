@@ -94,12 +94,11 @@ XCE_FN scalar meet_teacher(const row_job &j, const row_view &v, row_outputs *r, 
             is_bad = true;
             continue;
         }
-        const real_pair x = distance(j, r->origin, entry<FULL>(j, v, c));
-        const real_pair y = distance(j, r->teacher_origin, teacher_logit(j, v, place));
-        const scalar e = r_exp_relative_pair(y, ref);
+        const distance_pair at = distances_at(j, v, *r, place, c);
+        const scalar e = r_exp_relative_pair(at.y, ref);
         if (place != greatest_place)
             add_to(&rest, e);
-        add_to(&excess, exp_difference(r_exp_relative_pair(x, ref), e, total_of(distance_gap(x, y))));
+        add_to(&excess, exp_difference(r_exp_relative_pair(at.x, ref), e, total_of(at.gap)));
     }
     scalar outside = v.indices ? sum_outside<GROUP * CLUSTER>(j, v, *r, ref, rank) : 0;
     sums<3> all = {{is_bad ? XCE_NAN : r_sum_total(rest), r_sum_total(excess), outside}};

@@ -191,10 +191,15 @@ XCE_FN scalar teacher_logit(const row_job &j, const row_view &v, int64_t place) 
 }
 
 /* Student and teacher at a class, which the teacher has at a place of its own */
+XCE_FN distance_pair distances_at(const row_job &j, const row_view &v, const row_outputs &r, int64_t place, int64_t c)
+{
+    return distances_of_pair(transform_of(j.softcap, j.temperature), r.origin, r.teacher_origin, entry<FULL>(j, v, c),
+                             teacher_logit(j, v, place));
+}
+
 XCE_FN prob_pair pair_at(const row_job &j, const row_view &v, const row_outputs &r, int64_t place, int64_t c)
 {
-    return match_entry(r.match, distance(j, r.origin, entry<FULL>(j, v, c)),
-                       distance(j, r.teacher_origin, teacher_logit(j, v, place)));
+    return match_entry(r.match, distances_at(j, v, r, place, c));
 }
 
 XCE_FN real_pair teacher_at_top(const row_job &j, const row_view &v, const logit_origin &teacher, int64_t top_place)
