@@ -49,17 +49,30 @@ def number_kind(dtype: np.dtype[Any]) -> int:
     return kind
 
 
+def is_steep(call: Any) -> bool:
+    """Whether a power of 1 - p multiplies its error by more than formulas.h takes (XCE_STEEP_ABOVE)."""
+    if call.op == "element":
+        gammas = call.params[: {"sigmoid_focal_loss": 1, "asymmetric_loss": 2}.get(call.formula, 0)]
+    else:
+        gammas = (call.phi_param,) if call.phi == "focal_loss" else ()
+    return any(gamma > 10 for gamma in gammas)
+
+
 def is_plain(call: Any) -> bool:
     """Whether a `Call` has no numbers but the logits."""
     return (
-        call[10:14] == _PLAIN and call.weight is None and call.sample_weight is None and not is_beyond(call.phi_param)
+        call[10:14] == _PLAIN
+        and call.weight is None
+        and call.sample_weight is None
+        and not is_beyond(call.phi_param)
+        and not is_steep(call)
     )
 
 
 def has_options_beyond(call: Any) -> bool:
-    """Whether an option of a `Call` is beyond float32."""
+    """Whether an option of a `Call` is beyond float32, or of its arithmetic."""
     options = call.phi_param, call.label_smoothing, call.temperature, call.softcap or 0.0, call.z_loss
-    return any(map(is_beyond, options))
+    return is_steep(call) or any(map(is_beyond, options))
 
 
 def unbounded(call: Any) -> tuple[Any, ...]:
