@@ -506,7 +506,7 @@ XCE_FN log_prob row_entry(row_state s, real_pair x) /* any entry but the top one
 
 XCE_FN real row_lse(row_state s) { return s.greatest + s.log_z; }
 
-/* Of a steep loss entries are distances, so that top is 1, and exp is added up in two parts: multiples of 2^-26, whose sum is
+/* Of a steep loss entries are distances, so that top is 1 (or NaN), and exp is added up in two parts: multiples of 2^-26, whose sum is
  * exact, and what is left, whose sum errs by little. */
 XCE_FN real_pair steep_summand(real_pair e)
 {
@@ -515,7 +515,11 @@ XCE_FN real_pair steep_summand(real_pair e)
     return r_pair(high, (e.high - high) + e.low);
 }
 
-XCE_FN real_pair steep_sum(row_state s) { return one_plus(r_pair(s.rest, s.rest_low)); }
+XCE_FN real_pair steep_sum(row_state s)
+{
+    real_pair all = r_difference(s.top, -s.rest);
+    return r_pair_of(all.high, all.low + s.rest_low);
+}
 
 XCE_FN log_prob steep_share(log_prob at, real_pair e, real_pair rest, real_pair all) /* p = e / all, 1 - p = rest / all */
 {
@@ -527,7 +531,7 @@ XCE_FN log_prob steep_share(log_prob at, real_pair e, real_pair rest, real_pair 
 
 XCE_FN log_prob steep_top(row_state s)
 {
-    return steep_share(row_top(s), r_pair(r_set(1), r_set(0)), r_pair(s.rest, s.rest_low), steep_sum(s));
+    return steep_share(row_top(s), r_pair(s.top, r_set(0)), r_pair(s.rest, s.rest_low), steep_sum(s));
 }
 
 XCE_FN log_prob steep_entry(log_prob at, real_pair x, real_pair all) /* any but the top one */

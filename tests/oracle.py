@@ -530,7 +530,9 @@ def modulated(
     bend = np.where(wrong == 0, LD(0), g * ((g - 1) * (s1 / safe) ** 2 + s2 / safe))
     bend_size = np.where(wrong == 0, LD(0), g * (np.abs(g - 1) * (s1 / safe) ** 2 + pq / safe))
     b, b1, b2 = base
-    value = times(power, b.value)
+    value = times(
+        np.where(np.isinf(b.value) & (wrong != 0), balance, power), b.value
+    )  # where the power underflows, too
     grad = power * b1.value + times(power * slope, b.value)
     grad_size = power * b1.size + np.abs(times(power * slope, b.value))
     hess = power * b2.value + 2 * power * slope * b1.value + times(power * bend, b.value)

@@ -397,7 +397,7 @@ def _elements(call: ElementCall) -> Any:
         operands: tuple[Any, ...] = x, call.target, *weights, value, grad, hess
         own_kind = number_kind(dtype)
         if scalar is not FLOAT64 and _needs_float64(call, denominator):
-            kernels, own_kind = _cpu.kernels("float64"), -1
+            kernels, own_kind = _cpu.kernels("float64"), None
         # 0 is the storage type of the kernels
         kinds = tuple(0 if a is None or (k := number_kind(a.dtype)) == own_kind else k for a in operands)
         if axis is not None:  # the classes last, for the means of rows
