@@ -506,8 +506,8 @@ XCE_FN log_prob row_entry(row_state s, real_pair x) /* any entry but the top one
 
 XCE_FN real row_lse(row_state s) { return s.greatest + s.log_z; }
 
-/* Of a steep loss entries are distances, so that top is 1 (or NaN), and exp is added up in two parts: multiples of 2^-26, whose sum is
- * exact, and what is left, whose sum errs by little. */
+/* Of a steep loss entries are distances, so that top is 1 (or NaN), and exp is added up in two parts: multiples of 2^-26, the sum
+ * of which is exact, and what is left, the sum of which errs by little. */
 XCE_FN real_pair steep_summand(real_pair e)
 {
     const real unit = r_set((scalar)0x1.8p26);
