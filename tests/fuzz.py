@@ -651,7 +651,8 @@ def softmax_loss(g: Chooser, name: str) -> Call:
         exact = oracle.wide(x)
         if name != "nll_loss" and softcap is None:
             is_beyond = not 1e-30 < temperature < 1e30 and library != "strict"  # of float32: computed in float64
-            exact = as_limit(exact, kept, temperature, FLOATS["float64"] if is_beyond else work_type(dtype))
+            is_wide = is_beyond or (name == "focal_loss" and parameter > 10)
+            exact = as_limit(exact, kept, temperature, FLOATS["float64"] if is_wide else work_type(dtype))
         if name == "nll_loss":
             found = oracle.nll(exact, chosen)
         else:
@@ -854,6 +855,12 @@ def element_loss(g: Chooser, name: str) -> Call:
             steep = 1 / np.maximum(a * (1 - a), LD(1e-12)), 1 / p**2 + 1 / q**2
             more_lost = (bound._replace(lost=bound.lost * by) for bound, by in zip(found[1:], steep, strict=True))
             found = Losses(found.loss, *more_lost)
+        if max(params.get(k, 0.0) for k in ("gamma", "gamma_pos", "gamma_neg")) > 10:  # multiples of what underflows
+            furthest = -math.log(tiny_of(dtype))
+            hess_lost = found.hess.lost * furthest**2
+            found = Losses(
+                found.loss, found.grad._replace(lost=found.grad.lost * furthest), found.hess._replace(lost=hess_lost)
+            )
         c = s_full * w_full
         # a target that may have become 0 decides whether what is infinite counts
         skip = (np.isinf(a) | np.isinf(found.loss.value)) & (b != 0) & (np.abs(b) < tiny_of(dtype)) & ~gone
