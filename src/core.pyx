@@ -25,6 +25,7 @@ cnp.import_array()
 cdef extern from "cpu/front.h" nogil:
     enum:
         PARAMETERS "XCE_PARAMETERS"
+        STEEP_ABOVE "XCE_STEEP_ABOVE"
     double SMALLEST "XCE_SMALLEST"
     double LARGEST "XCE_LARGEST"
     ctypedef struct row_options:
@@ -121,6 +122,11 @@ cdef inline bint is_number(object value, double low, double *number) noexcept:
         return False
     number[0] = PyFloat_AS_DOUBLE(value)
     return low <= number[0] < LARGEST and (number[0] > SMALLEST or number[0] == 0)
+
+
+cdef inline bint is_plain_parameter(double a) noexcept:
+    """Whether a loss's own parameter is one that float32 computes with."""
+    return a == 0 or SMALLEST < fabs(a) and -LARGEST < a <= STEEP_ABOVE
 
 
 cdef bint are_plain(dict given, Options *options) except -1:
@@ -261,7 +267,7 @@ cdef object plain_row_loss(str function, double parameter, cnp.ndarray logits, c
         and cnp.PyArray_NDIM(target) == 1 and cnp.PyArray_ISCARRAY_RO(target)
         and cnp.PyArray_ITEMSIZE(target) == 8 and target.descr.kind == b"i"
         and cnp.PyArray_DIM(target, 0) == cnp.PyArray_DIM(logits, 0)
-        and (parameter == 0 or SMALLEST < fabs(parameter) < LARGEST)
+        and is_plain_parameter(parameter)
         and are_plain(given, &options) and are_buffers(&options, logits, target)
     ):
         return None
@@ -393,7 +399,7 @@ cdef object plain_element_loss(loss, tuple params, cnp.ndarray x, cnp.ndarray ta
         return None
     for i in range(PARAMETERS):
         numbers[i] = <double>params[i] if i < len(params) else 0
-        if not (numbers[i] == 0 or SMALLEST < fabs(numbers[i]) < LARGEST):
+        if not is_plain_parameter(numbers[i]):
             return None
     elements.n, elements.x, elements.y = cnp.PyArray_SIZE(x), cnp.PyArray_DATA(x), cnp.PyArray_DATA(target)
     if not are_between_0_and_1(elements.y, elements.n, is_double):

@@ -6,11 +6,13 @@
 #ifndef XCE_FORMULAS_H
 #define XCE_FORMULAS_H
 
+#include "options.h"
 #include "primitives.h"
 
 /* One entry of log_softmax. p and 1 - p come with it because neither follows from the other, nor from u, without loss. */
 typedef struct {
     real u, p, not_p;
+    real low; /* what the smaller of p and not_p rounds away, where the loss is steep */
 } log_prob;
 
 typedef struct {
@@ -34,9 +36,41 @@ XCE_FN jet phi_cross_entropy(log_prob at, scalar parameter)
     return phi;
 }
 
+/* From XCE_STEEP_ABOVE on (1 - p)^gamma, which multiplies the error of 1 - p by gamma, is formed from 1 - p in two parts, and in
+ * float64: xce/_backends/_numbers.py has calls with float32 computed there, too. */
+XCE_FN int is_steep_power(scalar gamma) { return sizeof(scalar) == 8 && gamma > XCE_STEEP_ABOVE; }
+
+/* exp(x) and exp(x) - 1 of any distance x: r_exp_pair has x.low in the terms up to the square only, which errs by a third of an
+ * ulp where x.high is -20 */
+XCE_FN exp_pair steep_exp(real_pair x)
+{
+    exp_pair e = r_exp_pair(r_pair(x.high, r_set(0)));
+    real more = e.exp.high * x.low;
+    e.exp = r_pair_of(e.exp.high, e.exp.low + more), e.expm1 = r_pair_of(e.expm1.high, e.expm1.low + more);
+    return e;
+}
+
+/* c^g, rest being 1 - c: exp(g log c), where one step of Newton's method from log c rounded has what that lacks. Where it is not
+ * below the smallest number, g log c is at most 708, and as often does an error of log c count. */
+XCE_CALLED real steep_power(real_pair c, real_pair rest, real_pair g)
+{
+    rmask is_small = r_gt(r_set((scalar)0.5), c.high);
+    real log_c = r_select(is_small, r_log(c.high), r_log1p(-rest.high, -rest.low));
+    exp_pair e = r_exp_pair(r_pair(log_c, r_set(0)));
+    real_pair wanted = {r_select(is_small, c.high, -rest.high), r_select(is_small, c.low, -rest.low)};
+    real_pair found = {r_select(is_small, e.exp.high, e.expm1.high), r_select(is_small, e.exp.low, e.expm1.low)};
+    real more = r_rounded_difference(wanted, found) / e.exp.high, power = g.high * log_c;
+    real low = r_product_low(g.high, log_c, power) + r_fma(g.high, more, g.low * log_c);
+    return r_exp_pair_near(r_pair(power, low)).exp.high;
+}
+
 XCE_FN jet phi_focal_loss(log_prob at, scalar gamma) /* -(1 - p)^gamma u */
 {
-    real g = r_set(gamma), power = r_pow(at.not_p, g);
+    real g = r_set(gamma), power;
+    if (is_steep_power(gamma))
+        power = steep_power(r_pair(at.not_p, at.low), r_pair(at.p, at.low), r_pair(g, r_set(0)));
+    else
+        power = r_pow(at.not_p, g);
     real slope = weighted(at.p, divided(at.u, at.not_p, r_set(-1))); /* p u / (1 - p), between -1 and 0 */
     real bend = r_set(2) + at.u - (g - r_set(1)) * slope;
     jet phi = {weighted(power, -at.u), power * r_fma(g, slope, r_set(-1)),
@@ -171,6 +205,8 @@ enum {
 };
 
 #define XCE_NAME(name) #name,
+XCE_FN int is_steep(int phi, scalar parameter) { return phi == PHI_focal_loss && is_steep_power(parameter); }
+
 XCE_NAMES XCE_PHI_NAMES[] = {XCE_SOFTMAX_LOSSES(XCE_NAME) XCE_DIVERGENCES(XCE_NAME)};
 
 XCE_PART jet loss_phi(int phi, log_prob at, scalar parameter)
@@ -269,15 +305,38 @@ XCE_FN jet element_binary_cross_entropy(real p, two_part y, two_part w, paramete
     return f;
 }
 
-/* b scale c^g for a jet b and a c >= 0 with (log c)' = slope and c'' / c = bend. An infinite value stays so where c^g is too
- * small for the type: where c is 0, b is finite. */
-XCE_FN jet focused(jet b, real scale, real c, real g, real slope, real bend)
+/* b scale c^g for a jet b and a c >= 0 with c^g = power, (log c)' = slope and c'' / c = bend. An infinite value stays so where c^g
+ * is too small for the type: where c is 0, b is finite. */
+XCE_FN jet focused(jet b, real scale, real power, real g, real slope, real bend)
 {
-    real power = scale * r_pow(c, g), curvature = g * r_fma((g - r_set(1)) * slope, slope, bend);
+    power = scale * power;
+    real curvature = g * r_fma((g - r_set(1)) * slope, slope, bend);
     real of_value = r_select(r_eq(b.value, r_set(XCE_INF)), scale, power);
     jet f = {weighted(of_value, b.value), power * (b.d1 + weighted(g * slope, b.value)),
              power * (b.d2 + r_set(2) * g * b.d1 * slope + weighted(curvature, b.value))};
     return f;
+}
+
+/* What steep powers are of, in two parts: y, 1 - y, sigma(x) and sigma(-x) */
+typedef struct {
+    real_pair y, not_y, p, q;
+} steep_parts;
+
+XCE_FN steep_parts steep_parts_of(real x, two_part y)
+{
+    const real_pair one = {r_set(1), r_set(0)};
+    real_pair e = r_exp_pair(r_pair(-r_abs(x), r_set(0))).exp, all = one_plus(e);
+    real_pair large = r_pair_divide(one, all), small = r_pair_divide(e, all);
+    rmask positive = r_gt(x, r_set(0));
+    steep_parts s = {{y.high, y.low}, r_pair_subtract(one, r_pair(y.high, y.low)),
+                     {r_select(positive, large.high, small.high), r_select(positive, large.low, small.low)},
+                     {r_select(positive, small.high, large.high), r_select(positive, small.low, large.low)}};
+    return s;
+}
+
+XCE_FN real_pair steep_mix(steep_parts s, real_pair a, real_pair b) /* y a + (1 - y) b */
+{
+    return r_pair_subtract(r_pair_multiply(s.y, a), r_scaled(r_set(-1), r_pair_multiply(s.not_y, b)));
 }
 
 /* with: gamma, alpha; an alpha below 0 is w */
@@ -290,7 +349,13 @@ XCE_FN jet element_sigmoid_focal_loss(real x, two_part y, two_part w, parameters
     real not_y = complement(y), wrong = y.high * s.q + not_y * s.p; /* 1 - p_t */
     real slope = divided((not_y - y.high) * (s.p * s.q), wrong, not_y - y.high);
     real scale = with.at[2] != 0 ? y.high * w.high + not_y * complement(w) : one;
-    return focused(binary_jet(s, x, y.high, not_y, one), scale, wrong, g, slope, slope * (s.q - s.p));
+    real power;
+    if (is_steep_power(with.at[0])) {
+        steep_parts t = steep_parts_of(x, y);
+        power = steep_power(steep_mix(t, t.q, t.p), steep_mix(t, t.p, t.q), r_pair(g, r_set(0)));
+    } else
+        power = r_pow(wrong, g);
+    return focused(binary_jet(s, x, y.high, not_y, one), scale, power, g, slope, slope * (s.q - s.p));
 }
 
 /* with: gamma_pos, gamma_neg, clip, and the x at which sigma(x) is clip, in as many digits as two doubles have */
@@ -322,7 +387,23 @@ XCE_FN jet element_asymmetric_loss(real x, two_part y, two_part w, parameters wi
     real wrong = y.high * s.q + not_y * shifted, g = r_fma(y.high, r_set(with.at[0]), not_y * r_set(with.at[1]));
     real slope = divided(not_y * d1 - y.high * density, wrong, zero);
     real bend = divided(not_y * d2 - y.high * density * (s.q - s.p), wrong, zero);
-    return focused(b, one, wrong, g, slope, bend);
+    real power = r_pow(wrong, g);
+    if (is_steep_power(with.at[0]) || is_steep_power(with.at[1])) {
+        steep_parts t = steep_parts_of(x, y);
+        real_pair of_p = t.p, of_q = t.q, all = steep_mix(t, r_pair(r_set(with.at[0]), zero), r_pair(r_set(with.at[1]), zero));
+        if (with.at[2] != 0) {
+            real_pair gap = r_difference(r_set(with.at[3]), x), share = {clip, r_set(with.low[2])};
+            gap = r_pair_of(gap.high, gap.low + (r_set(with.low[3]) + r_set(with.at[4])));
+            real_pair of_1 = {one, zero}, more = r_pair_multiply(t.p, r_pair_subtract(of_1, share));
+            more = r_pair_multiply(more, r_scaled(r_set(-1), steep_exp(gap).expm1));
+            rmask moves = r_gt(zero, gap.high);
+            of_p = r_pair(r_select(moves, more.high, zero * s.p), r_select(moves, more.low, zero));
+            of_q = r_pair_subtract(of_1, of_p);
+        }
+        real steep = steep_power(steep_mix(t, t.q, of_p), steep_mix(t, t.p, of_q), all);
+        power = r_select(r_gt(all.high, r_set(XCE_STEEP_ABOVE)), steep, power);
+    }
+    return focused(b, one, power, g, slope, bend);
 }
 
 /* A function of y x, what that product rounds away included to the first order. */
@@ -388,6 +469,7 @@ typedef struct {
     real shrunk;    /* that times XCE_SHRINKING, which a small temperature does not make infinite */
     real top;       /* exp of the top entry, in units of the reference */
     real rest;      /* the sum of exp over all other entries, in the same units */
+    real rest_low;  /* what that rounds away, where the loss is steep */
     real inverse;   /* 1 / (top + rest) */
     real log_z;     /* log(sum_c exp(x_c - max)) = log1p(rest / top) */
 } row_state;
@@ -400,7 +482,7 @@ XCE_FN row_state row_close(real max, real rest)
     s.shrunk = max * r_set(XCE_SHRINKING);
     real top_low;
     s.top = r_exp_relative_tail(max, s.ref, &top_low);
-    s.rest = rest;
+    s.rest = rest, s.rest_low = r_set(0);
     s.inverse = r_set(1) / (s.top + rest);
     /* what the quotient rounds away, and what top does: half a unit in the last place of the loss each */
     real ratio = rest / s.top;
@@ -410,23 +492,51 @@ XCE_FN row_state row_close(real max, real rest)
 
 XCE_FN log_prob row_top(row_state s)
 {
-    log_prob at = {-s.log_z, s.top * s.inverse, s.rest * s.inverse};
+    log_prob at = {-s.log_z, s.top * s.inverse, s.rest * s.inverse, r_set(0)};
     return at;
 }
 
 XCE_FN log_prob row_entry(row_state s, real_pair x) /* any entry but the top one: p <= 1/2 */
 {
     real p = r_exp_relative_pair(x, s.ref) * s.inverse;
-    log_prob at = {((x.high - s.max) - s.log_z) + x.low, p, r_set(1) - p};
+    log_prob at = {((x.high - s.max) - s.log_z) + x.low, p, r_set(1) - p, r_set(0)};
     return at;
 }
 
 XCE_FN real row_lse(row_state s) { return s.greatest + s.log_z; }
 
-XCE_FN real_pair one_plus(real_pair a)
+/* Of a steep loss entries are distances, so that top is 1 (or NaN), and exp is added up in two parts: multiples of 2^-26, the sum
+ * of which is exact, and what is left, the sum of which errs by little. */
+XCE_FN real_pair steep_summand(real_pair e)
 {
-    real_pair b = r_difference(r_set(1), -a.high);
-    return r_pair_of(b.high, b.low + a.low);
+    const real unit = r_set((scalar)0x1.8p26);
+    real high = (e.high + unit) - unit;
+    return r_pair(high, (e.high - high) + e.low);
+}
+
+XCE_FN real_pair steep_sum(row_state s)
+{
+    real_pair all = r_difference(s.top, -s.rest);
+    return r_pair_of(all.high, all.low + s.rest_low);
+}
+
+XCE_FN log_prob steep_share(log_prob at, real_pair e, real_pair rest, real_pair all) /* p = e / all, 1 - p = rest / all */
+{
+    real_pair p = r_pair_divide(e, all), not_p = r_pair_divide(rest, all);
+    at.p = p.high, at.not_p = not_p.high;
+    at.low = r_select(r_gt(r_set((scalar)0.5), not_p.high), not_p.low, p.low);
+    return at;
+}
+
+XCE_FN log_prob steep_top(row_state s)
+{
+    return steep_share(row_top(s), r_pair(s.top, r_set(0)), r_pair(s.rest, s.rest_low), steep_sum(s));
+}
+
+XCE_FN log_prob steep_entry(log_prob at, real_pair x, real_pair all) /* any but the top one */
+{
+    real_pair e = steep_exp(x).exp;
+    return steep_share(at, e, r_pair_subtract(all, e), all);
 }
 
 /* Where coefficients and phi' both vary, a_k phi'_k - p_k sum_c a_c phi'_c may be a small difference of large terms. With
@@ -437,7 +547,7 @@ typedef struct {
     real a_top;             /* of the top entry, with a label there */
     real p;                 /* of the top entry */
     real not_d1;            /* -phi'_top */
-    real_pair top, share;   /* of poly: a_top (1 + epsilon p_top), epsilon p_top */
+    real_pair top, share;   /* of poly: a_top (1 + epsilon p_top), epsilon p_top; of a steep loss top is the sum of exp */
 } row_slope;
 
 XCE_PART row_slope slope_of_top(row_state s, real a_top, int phi, scalar parameter)
@@ -446,6 +556,8 @@ XCE_PART row_slope slope_of_top(row_state s, real a_top, int phi, scalar paramet
     jet top = loss_phi(phi, at, parameter);
     real_pair one = {r_set(1), r_set(0)};
     row_slope r = {a_top, at.p, -top.d1, one, one};
+    if (is_steep(phi, parameter))
+        r.top = steep_sum(s);
     if (phi == PHI_poly_loss) {
         real_pair epsilon = {r_set(parameter), r_set(0)}, all = one_plus(r_pair(s.rest, r_set(0)));
         r.share = r_pair_multiply(epsilon, r_pair_divide(one, all));
@@ -478,6 +590,8 @@ XCE_FN jet relative_phi(row_slope top, log_prob at, real_pair x, real_pair e, re
         *slope = top.not_d1 * scaled_difference(top.a_top, e, a, e_power);
         return f;
     }
+    if (is_steep(phi, parameter))
+        at = steep_entry(at, x, top.top);
     jet f = loss_phi(phi, at, parameter);
     if (phi == PHI_poly_loss) { /* -1 - epsilon p */
         real with = a * top.share.high, with_low = r_fma(a, top.share.low, r_product_low(a, top.share.high, with));
@@ -547,6 +661,8 @@ XCE_PART row_result row_finish(row_state s, row_target t, int phi, scalar parame
 {
     const real zero = r_set(0);
     log_prob at_top = row_top(s), at_label = row_entry(s, t.label_entry);
+    if (is_steep(phi, parameter))
+        at_top = steep_top(s), at_label = steep_entry(at_label, t.label_entry, steep_sum(s));
     jet top = loss_phi(phi, at_top, parameter), label = loss_phi(phi, at_label, parameter);
     real a_top = t.d_top + r_select(t.label_is_top, t.index, zero);
     real index = r_select(t.label_is_top, zero, t.index); /* what is left for a label elsewhere */

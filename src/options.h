@@ -10,6 +10,8 @@
 typedef struct { XCE_ROW_OPTIONS(XCE_FIELD) } row_options;
 #undef XCE_FIELD
 
+#define XCE_STEEP_ABOVE 10 /* a gamma that float32 has not the digits for */
+
 /* The arrays. q: probabilities, or a teacher's logits; indices: the classes that these are of. The first five have the class
  * axis and are as long as there. */
 #define XCE_ROW_OPERANDS(OPERAND) \

@@ -193,6 +193,12 @@ XCE_FN real_pair r_pair_subtract(real_pair a, real_pair b)
     return r_pair_of(d.high, d.low + (a.low - b.low));
 }
 
+XCE_FN real_pair one_plus(real_pair a)
+{
+    real_pair b = r_difference(r_set(1), -a.high);
+    return r_pair_of(b.high, b.low + a.low);
+}
+
 XCE_FN real_pair r_pair_multiply(real_pair a, real_pair b)
 {
     real high = a.high * b.high;

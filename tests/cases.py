@@ -114,7 +114,7 @@ LOSSES = (
     Case(xce.cross_entropy, "rows", lambda m, u: -u, ("index", "probabilities")),
     Case(
         xce.focal_loss, "rows", lambda m, u, gamma: -((1 - m.exp(u)) ** gamma) * u, ("index", "probabilities"),
-        ({"gamma": 2.0}, {"gamma": 0.0}, {"gamma": 0.5}, {"gamma": 5.0}), cancels=True,
+        ({"gamma": 2.0}, {"gamma": 0.0}, {"gamma": 0.5}, {"gamma": 5.0}, {"gamma": 30.0}), cancels=True,
     ),
     Case(
         xce.poly_loss, "rows", lambda m, u, epsilon: -u + epsilon * (1 - m.exp(u)), ("index", "probabilities"),
@@ -139,7 +139,7 @@ LOSSES = (
     Case(
         xce.sigmoid_focal_loss, "elements", sigmoid_focal, ("labels", "fractions"),
         ({"alpha": 0.25, "gamma": 2.0}, {"alpha": -1.0, "gamma": 0.5}, {"alpha": 0.9, "gamma": 0.0},
-         {"alpha": 0.5, "gamma": 3.5}),
+         {"alpha": 0.5, "gamma": 3.5}, {"alpha": 0.75, "gamma": 30.0}),
         cancels=True,
     ),
     Case(

@@ -501,7 +501,7 @@ def mapped(found: Losses, rows: Shape, shape: Shape, axis: int) -> Losses:
 
 PARAMETERS: dict[str, tuple[str, tuple[float, ...]]] = {
     "cross_entropy": ("", (0.0,)),
-    "focal_loss": ("gamma", (2.0, 2.0, 0.0, 0.5, 1.0, 5.0)),
+    "focal_loss": ("gamma", (2.0, 2.0, 0.0, 0.5, 1.0, 5.0, 30.0, 1e4, 1e8)),
     "poly_loss": ("epsilon", (1.0, 0.0, 4.0, 0.3)),
     "generalized_cross_entropy": ("q", (0.7, 0.7, 0.0, 1.0, 0.1)),
     "nll_loss": ("", (0.0,)),
@@ -651,7 +651,8 @@ def softmax_loss(g: Chooser, name: str) -> Call:
         exact = oracle.wide(x)
         if name != "nll_loss" and softcap is None:
             is_beyond = not 1e-30 < temperature < 1e30 and library != "strict"  # of float32: computed in float64
-            exact = as_limit(exact, kept, temperature, FLOATS["float64"] if is_beyond else work_type(dtype))
+            is_wide = is_beyond or (name == "focal_loss" and parameter > 10)
+            exact = as_limit(exact, kept, temperature, FLOATS["float64"] if is_wide else work_type(dtype))
         if name == "nll_loss":
             found = oracle.nll(exact, chosen)
         else:
@@ -700,7 +701,7 @@ def row_limits(name: str, parameter: float, is_soft: bool, more: int) -> tuple[f
     """The promised ULP of loss, gradient and Hessian; each factor and quotient adds one rounding or two."""
     loss, grad, hess = 4.0, 6.0, 8.0
     if name == "focal_loss":  # (1 - p)^gamma has gamma times the error of 1 - p, in the same direction as -log p
-        loss, grad, hess = (a + 1 + 2.5 * parameter for a in (loss, grad, hess))
+        loss, grad, hess = (min(a + 1 + 2.5 * parameter, 32.0) for a in (loss, grad, hess))
     if name == "generalized_cross_entropy" and parameter:
         loss, grad, hess = 8.0, 32.0, 32.0
     if name != "cross_entropy" and is_soft:
@@ -760,14 +761,14 @@ def element_loss(g: Chooser, name: str) -> Call:
         params = {"log_clamp": g.one_of(None, -100.0, -10.0, 0.0)}
     elif name == "sigmoid_focal_loss":
         alphas = (0.25, 0.25, 0.5, -1.0, 0.0, 1.0, *((0.9, 0.999, 1 - 1e-6) if g.has("one_minus") else ()))
-        params = {"alpha": g.one_of(*alphas), "gamma": g.one_of(2.0, 2.0, 0.0, 0.5, 1.0, 5.0)}
+        params = {"alpha": g.one_of(*alphas), "gamma": g.one_of(2.0, 2.0, 0.0, 0.5, 1.0, 5.0, 30.0, 1e4, 1e8)}
         if g.chance(0.3, "alpha"):
             n = shape[-1:] if shape else ()
             params["alpha"] = None if g.chance(0.4) or not n else cast(g.rng.random(n), dtype)
     elif name == "asymmetric_loss":
         params = {
-            "gamma_pos": g.one_of(0.0, 1.0, 2.5),
-            "gamma_neg": g.one_of(4.0, 0.0, 1.0, 0.5),
+            "gamma_pos": g.one_of(0.0, 1.0, 2.5, 30.0),
+            "gamma_neg": g.one_of(4.0, 0.0, 1.0, 0.5, 30.0, 1e4, 1e8),
             "clip": g.one_of(0.05, 0.0, 0.2) if g.has("clip") else 0.0,
         }
     elif name == "kl_div":
@@ -854,6 +855,12 @@ def element_loss(g: Chooser, name: str) -> Call:
             steep = 1 / np.maximum(a * (1 - a), LD(1e-12)), 1 / p**2 + 1 / q**2
             more_lost = (bound._replace(lost=bound.lost * by) for bound, by in zip(found[1:], steep, strict=True))
             found = Losses(found.loss, *more_lost)
+        if max(params.get(k, 0.0) for k in ("gamma", "gamma_pos", "gamma_neg")) > 10:  # multiples of what underflows
+            furthest = -math.log(tiny_of(dtype))
+            hess_lost = found.hess.lost * furthest**2
+            found = Losses(
+                found.loss, found.grad._replace(lost=found.grad.lost * furthest), found.hess._replace(lost=hess_lost)
+            )
         c = s_full * w_full
         # a target that may have become 0 decides whether what is infinite counts
         skip = (np.isinf(a) | np.isinf(found.loss.value)) & (b != 0) & (np.abs(b) < tiny_of(dtype)) & ~gone
@@ -910,7 +917,7 @@ def element_formula(name: str, x: Array, y: Array, pos: Array, params: dict[str,
     return oracle.sigmoid_focal(x, y, oracle.wide(alpha), params["gamma"])
 
 
-def element_limits(name: str, params: dict[str, Any], y: Array, more: int) -> tuple[float, float, float]:
+def element_limits(name: str, params: dict[str, Any], y: Array, more: float) -> tuple[float, float, float]:
     loss, grad, hess = 4.0, 6.0, 8.0
     if name in ("binary_cross_entropy_with_logits", "soft_margin_loss", "multilabel_soft_margin_loss"):
         loss = 2.0 + (y.dtype.kind not in "biu" or bool(params))
@@ -921,7 +928,8 @@ def element_limits(name: str, params: dict[str, Any], y: Array, more: int) -> tu
     if {"gamma", "gamma_pos"} & set(params) and y.dtype.kind not in "biu":
         # y q + (1 - y) p has a complement, two products and a sum, 1.5 ULP more; the balance of alpha likewise
         of_base, more = of_base + 1.5, more + 1.5
-    return loss + of_base * gamma + more, grad + of_base * gamma + more, hess + of_base * gamma + more
+    more += of_base * min(gamma, 10.0)  # a greater one counts no more: the power is then that of two parts
+    return loss + more, grad + more, hess + more
 
 
 # Divergences

@@ -158,7 +158,7 @@ def phi(name: str, parameter: float, z: Softmax, tiny: float = 0.0) -> Phi:
     one, zero = np.ones_like(u), np.zeros_like(u)
     c = LD(parameter)
     if name == "focal_loss" and parameter:
-        power = q**c
+        power = power_of_rest(q, p, c)
         slope = np.where(q == 0, -one, np.where(p == 0, zero, p * u / np.where(q == 0, one, q)))
         f = times(power, -u)
         f1 = power * (c * slope - 1)
@@ -175,6 +175,11 @@ def phi(name: str, parameter: float, z: Softmax, tiny: float = 0.0) -> Phi:
         size = power * (1 + np.where(p < tiny, np.abs(np.where(np.isfinite(u), c * u, 0)), 0) / 8)  # p is not there
         return Phi(f, -power, -c * power, f, size, c * size)
     return Phi(-u, -one, zero, np.abs(u), one, zero)
+
+
+def power_of_rest(q: Array, p: Array, g: Array) -> Array:
+    """q^g for q = 1 - p, whose rounding counts g times where it is large beside a small p."""
+    return np.where(p < 0.5, np.exp(g * np.log1p(-np.minimum(p, LD(0.5)))), q**g)
 
 
 # Coefficients
@@ -506,18 +511,22 @@ def sigmoid_focal(x: Array, y: Array, alpha: Array | None, gamma: float) -> Loss
     p, q = sigmoid(x), sigmoid(-x)
     balance = one if alpha is None else alpha * y + (1 - alpha) * (1 - y)
     wrong, s1, s2 = y * q + (1 - y) * p, (1 - 2 * y) * p * q, (1 - 2 * y) * p * q * (q - p)
-    return modulated(balance, wrong, s1, s2, g, base, p * q)
+    return modulated(balance, wrong, y * p + (1 - y) * q, s1, s2, g, base, p * q)
 
 
-def modulated(balance: Array, wrong: Array, s1: Array, s2: Array, g: Array, base: Losses, pq: Array) -> Losses:
-    """balance wrong^g base, s1 and s2 being the derivatives of `wrong`."""
+def modulated(
+    balance: Array, wrong: Array, right: Array, s1: Array, s2: Array, g: Array, base: Losses, pq: Array
+) -> Losses:
+    """balance wrong^g base, s1 and s2 being the derivatives of `wrong` = 1 - right."""
     safe = np.where(wrong == 0, LD(1), wrong)
-    power = balance * np.where(g == 0, LD(1), wrong**g)
+    power = balance * np.where(g == 0, LD(1), power_of_rest(wrong, right, g))
     slope = np.where(wrong == 0, LD(0), g * s1 / safe)
     bend = np.where(wrong == 0, LD(0), g * ((g - 1) * (s1 / safe) ** 2 + s2 / safe))
     bend_size = np.where(wrong == 0, LD(0), g * (np.abs(g - 1) * (s1 / safe) ** 2 + pq / safe))
     b, b1, b2 = base
-    value = times(power, b.value)
+    value = times(
+        np.where(np.isinf(b.value) & (wrong != 0), balance, power), b.value
+    )  # where the power underflows, too
     grad = power * b1.value + times(power * slope, b.value)
     grad_size = power * b1.size + np.abs(times(power * slope, b.value))
     hess = power * b2.value + 2 * power * slope * b1.value + times(power * bend, b.value)
@@ -550,12 +559,12 @@ def asymmetric(x: Array, y: Array, gamma_pos: float, gamma_neg: float, clip: flo
     wrong = y * q + (1 - y) * shifted
     g = LD(gamma_pos) * y + LD(gamma_neg) * (1 - y)
     found = modulated(
-        np.ones_like(x), wrong, -y * pq + (1 - y) * s1, -y * pq * (q - p) + (1 - y) * s2, g, base,
-        pq * (y + (1 - y) * moves),
+        np.ones_like(x), wrong, y * p + (1 - y) * rest, -y * pq + (1 - y) * s1, -y * pq * (q - p) + (1 - y) * s2, g,
+        base, pq * (y + (1 - y) * moves),
     )  # fmt: skip
-    # between 0 and 1 the exponent is rounded
+    # between 0 and 1 the exponent is rounded, where it is not in two parts
     of_exponent = np.where(
-        (y == 0) | (y == 1) | (wrong == 0), LD(1), 1 + g * np.abs(np.log(np.where(wrong == 0, 1, wrong))) / 4
+        (y == 0) | (y == 1) | (wrong == 0) | (g > 10), LD(1), 1 + g * np.abs(np.log(np.where(wrong == 0, 1, wrong))) / 4
     )
     return Losses(*(b._replace(size=b.size * of_exponent) for b in found))
 

@@ -298,8 +298,8 @@ def own_parameters(case: Case, dtype: str) -> Any:
 
 
 def exponent(params: dict[str, float]) -> float:
-    """(1 - p)^gamma has gamma times the error of 1 - p, some 2 ULP, and that of the power, 1.5 + gamma / 2."""
-    return max([0.0, *(v for name, v in params.items() if name.startswith("gamma"))])
+    """(1 - p)^gamma has gamma times the error of 1 - p, 2 ULP, and that of the power, 1.5 + gamma / 2; up to 10."""
+    return min(max([0.0, *(v for name, v in params.items() if name.startswith("gamma"))]), 10.0)
 
 
 # p^q has q times the error of p, and that of the power
@@ -411,6 +411,158 @@ def check_soft_labels(name: str, params: dict[str, float], dtype: str, rng: np.r
                 off = max(abs(_mpf(g) - b) for g, b in zip(result, exact, strict=True))
                 used = float(off / max(map(abs, exact)) / np.finfo(dtype).eps)
                 assert used <= 32, (kind, n_classes, used)
+
+
+# (1 - p)^gamma of any gamma, to where it underflows: to 32 eps of the value and of the largest entry of a derivative
+
+GAMMAS = (0.5, 2.0, 10.0, 100.0, 1e4, 1e8)
+TARGETS_OF_FOCAL = ("labels", "one-hot", "probabilities", "smoothing", "temperature", "where")
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kind", TARGETS_OF_FOCAL)
+def test_focal_loss_of_any_gamma(kind: str, dtype: str, gamma: float, level: str, rng: np.random.Generator) -> None:
+    for shape in ((6, 2), (6, 3), (2, 17), (1, 140)):
+        check_focal(kind, dtype, gamma, shape, rng, xce.focal_loss)
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_focal_losses_of_the_reference(gamma: float, rng: np.random.Generator) -> None:
+    """In float64, whose last digits are not promised, it has all those of float32."""
+    for kind in TARGETS_OF_FOCAL:
+        check_focal(
+            kind, "float32", gamma, (4, 3), rng, lambda x, *args, **o: of_reference(xce.focal_loss, x, *args, **o)
+        )
+    check_focal_elements("float32", gamma, rng, of_reference)
+
+
+def of_reference(function: Any, x: Array, *args: Any, **options: Any) -> Any:
+    return oracle(function, x.astype(np.float64), *args, **options)
+
+
+def check_focal(
+    kind: str, dtype: str, gamma: float, shape: tuple[int, int], rng: np.random.Generator, function: Any
+) -> None:
+    """Of soft labels the terms, a phi' and p times their sum, are what errors are measured by."""
+    n_rows, n_classes = shape
+    eps, tiny = float(np.finfo(dtype).eps), float(np.finfo(dtype).tiny)
+    x, y = 2 * rng.standard_normal(shape), rng.integers(n_classes, size=n_rows)
+    rows = np.arange(n_rows)
+    others = x.copy()
+    others[rows, y] = -np.inf
+    # of the label, such that gamma log(1 - p) is anywhere down to where exp of it underflows
+    p = np.clip(-np.expm1(math.log(tiny) * rng.random(n_rows) / gamma), 1e-30, 1 - 1e-12)
+    x[rows, y] = np.log(np.exp(others).sum(1)) + np.log(p) - np.log1p(-p)
+    temperature = 0.75 if kind == "temperature" else 1.0
+    x = (x * temperature).astype(dtype)
+    target, a, kept, options = y, np.eye(n_classes)[y], np.ones(shape, bool), {}
+    if kind == "one-hot":
+        target = a.astype(dtype)
+    elif kind == "probabilities":
+        target = a = rng.dirichlet(np.ones(n_classes), n_rows).astype(dtype)
+    elif kind == "smoothing":
+        options["label_smoothing"], a = 0.25, 0.75 * a + 0.25 / mpmath.mpf(n_classes)
+    elif kind == "temperature":
+        options["temperature"] = temperature
+    elif kind == "where":
+        kept = rng.random(shape) < 0.8
+        kept[rows, y], kept[rows, y - 1] = True, True
+        options["where"] = kept
+    results = function(x, target, gamma=gamma, reduction="none", **options, **FLAGS)
+    with mpmath.workdps(PRECISION):
+        for k in range(n_rows):
+            exact, sizes = exact_focal(x[k], mpf_of(a[k]), gamma, temperature, kept[k])
+            for result, right, size, power in zip((r[k] for r in results), exact, sizes, (0, 1, 2), strict=True):
+                has_terms = power == 2 or kind in ("probabilities", "smoothing")
+                largest = max(size) if has_terms else max(map(abs, right))
+                lost = 64 * tiny * max(1, -math.log(tiny)) ** power  # where the power underflows, its multiple is lost
+                off = max(abs(_mpf(v) - b) for v, b in zip(np.atleast_1d(result), right, strict=True))
+                assert off <= 32 * eps * largest + lost, (power, shape, float(off / largest / eps))
+
+
+def exact_focal(row: Array, a: list[Any], gamma: float, temperature: float, kept: Array) -> Any:
+    """Value, gradient and Hessian diagonal, and the sizes of the terms of each."""
+    t = mpmath.mpf(temperature)
+    present = [c for c in range(len(row)) if kept[c]]
+    u = dict(zip(present, log_softmax_by_mpmath([mpmath.mpf(float(row[c])) / t for c in present]), strict=True))
+    zero = mpmath.mpf(0)
+    nothing = (zero, zero, zero), (zero, zero, zero)
+    f = {
+        c: product_and_sizes(
+            lambda h, c=c: -((-mpmath.expm1(u[c] + h)) ** mpmath.mpf(gamma)) * (u[c] + h), lambda h, c=c: -(u[c] + h)
+        )
+        if a[c]
+        else nothing
+        for c in present
+    }
+    first, second = ({c: a[c] * f[c][0][k] for c in present} for k in (1, 2))
+    first_size, second_size = ({c: a[c] * f[c][1][k] for c in present} for k in (1, 2))
+    b, d = mpmath.fsum(first.values()), mpmath.fsum(second.values())
+    all_first, all_second = mpmath.fsum(first_size.values()), mpmath.fsum(second_size.values())
+    grad, hess, grad_size, hess_size = ([zero] * len(row) for _ in range(4))
+    for c in present:
+        p, not_p = mpmath.exp(u[c]), -mpmath.expm1(u[c])
+        grad[c] = (first[c] - p * b) / t
+        grad_size[c] = (first_size[c] + p * all_first) / t
+        hess[c] = (second[c] * (not_p - p) + p * p * d - p * not_p * b) / t**2
+        hess_size[c] = (second_size[c] + p * p * all_second + p * not_p * all_first) / t**2
+    value = mpmath.fsum(a[c] * f[c][0][0] for c in present)
+    return ([value], grad, hess), ([value], grad_size, hess_size)
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_focal_losses_of_elements(dtype: str, gamma: float, level: str, rng: np.random.Generator) -> None:
+    check_focal_elements(dtype, gamma, rng, lambda function, *args, **options: function(*args, **options))
+
+
+def check_focal_elements(dtype: str, gamma: float, rng: np.random.Generator, compute: Any) -> None:
+    n = 20
+    eps, tiny = float(np.finfo(dtype).eps), float(np.finfo(dtype).tiny)
+    right = np.clip(-np.expm1(math.log(tiny) * rng.random(n) / gamma), 1e-30, 1 - 1e-12)
+    sigmoid_params, asymmetric_params = {"alpha": 0.25, "gamma": gamma}, {"gamma_pos": gamma, "gamma_neg": gamma}
+    for function, y, params in (
+        (xce.sigmoid_focal_loss, 1, sigmoid_params), (xce.sigmoid_focal_loss, 0, sigmoid_params),
+        (xce.asymmetric_loss, 1, asymmetric_params | {"clip": 0.0}),
+        (xce.asymmetric_loss, 0, asymmetric_params | {"clip": 0.0}),
+        (xce.asymmetric_loss, 0, asymmetric_params | {"clip": 0.0625}),
+    ):  # fmt: skip
+        clip = params.get("clip", 0.0)
+        if clip:  # (p - clip)^gamma, whose x determines p no better
+            p = np.minimum(np.maximum(1 - right, 0.01) + clip, 1 - 1e-9)
+            x = np.log(p) - np.log1p(-p)
+        else:
+            x = (np.log(right) - np.log1p(-right)) * (1 if y else -1)
+        x = x.astype(dtype)
+        results = compute(function, x, np.full(n, y), reduction="none", **params, **FLAGS)
+        limit = 64 if gamma == 10 and clip else 32  # p - clip errs by 2.5 ULP more, times a gamma that is not steep
+        with mpmath.workdps(PRECISION):
+            for k, at in enumerate(mpf_of(x)):
+                exact, sizes = exact_focal_element(CASE_OF[function], at, y, params)
+                for power, (result, right_one, size) in enumerate(zip(results, exact, sizes, strict=True)):
+                    lost = 64 * tiny * max(1, -math.log(tiny)) ** power
+                    off = abs(_mpf(result[k]) - right_one)
+                    assert off <= limit * eps * size + lost, (params, y, power, float(off / size / eps))
+
+
+def exact_focal_element(case: Case, x: Any, y: int, params: dict[str, float]) -> Any:
+    """The loss and two derivatives, and the sizes of the terms of each."""
+    base_params = {name: v if name in ("alpha", "clip") else 0.0 for name, v in params.items()}
+
+    return product_and_sizes(
+        lambda h: case.definition(mpmath, x + h, y, **params),
+        lambda h: case.definition(mpmath, x + h, y, **base_params),
+    )
+
+
+def product_and_sizes(product: Any, base: Any) -> Any:
+    """Value and two derivatives of a power times a base, and the sizes of the terms of each."""
+    f, b = differentiated(product), differentiated(base)
+    power = differentiated(lambda h: mpmath.log(product(h) / base(h)))
+    s1, s2 = abs(b.d1 / b.value), abs(b.d2 / b.value)
+    of_d2 = power.d1**2 + abs(power.d2) + 2 * abs(power.d1) * s1 + s2
+    return f[:3], (f.value, f.value * (abs(power.d1) + s1), f.value * of_d2)
 
 
 # Transformed logits

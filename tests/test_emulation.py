@@ -319,6 +319,15 @@ def test_gradients_of_soft_labels(dtype: str, rng: np.random.Generator) -> None:
         accuracy.check_soft_labels(name, params, dtype, rng)
 
 
+@pytest.mark.parametrize("gamma", [10.0, 100.0, 1e8])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_focal_losses_of_any_gamma(dtype: str, gamma: float, rng: np.random.Generator) -> None:
+    accuracy = pytest.importorskip("test_accuracy")
+    for kind, shape in itertools.product(accuracy.TARGETS_OF_FOCAL, ((3, 5), (2, 33), (1, 203))):
+        accuracy.check_focal(kind, dtype, gamma, shape, rng, xce.focal_loss)
+    accuracy.check_focal_elements(dtype, gamma, rng, lambda function, *args, **options: function(*args, **options))
+
+
 @pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_transformed_logits(dtype: str, softcap: float | None, rng: np.random.Generator) -> None:

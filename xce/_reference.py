@@ -58,9 +58,14 @@ def _log_less_linear(xp: Any, u: Array) -> Array:
     return series
 
 
+def _power(xp: Any, q: Array, p: Array, gamma: Any) -> Array:
+    """Return q^gamma for q = 1 - p; gamma counts the rounding of q, which is large beside a small p."""
+    return xp.where(p < 0.5, xp.exp(gamma * xp.log1p(-p)), q**gamma)
+
+
 def _focal(xp: Any, u: Array, gamma: float) -> tuple[Array, Array, Array]:
     p, q = xp.exp(u), -xp.expm1(u)
-    power = q**gamma
+    power = _power(xp, q, p, gamma)
     # p u / q, which is -1 in the limit p = 1 and 0 in the limit p = 0
     slope = xp.where(q == 0, -1.0, xp.where(p == 0, 0.0, p * u / q))
     second = xp.where(q == 0, 0.0, gamma * p * power / q * (2 + xp.where(p == 0, 0.0, u) - (gamma - 1) * slope))
@@ -153,7 +158,7 @@ def _sigmoid_focal(
     share, rest = (w, 1 - w) if alpha < 0 else (alpha, 1 - alpha)
     scale = share * y + rest * (1 - y) if balances else xp.ones_like(x)
     wrong = y * q + (1 - y) * p  # 1 - p_t
-    power = xp.where(xp.isnan(x), x, scale * wrong**gamma)
+    power = xp.where(xp.isnan(x), x, scale * _power(xp, wrong, y * p + (1 - y) * q, gamma))
     slope = xp.where(wrong == 0, 1 - 2 * y, (1 - 2 * y) * p * q / wrong)  # of log(wrong)
     curvature = (gamma - 1) * slope**2 + slope * (q - p)
     return (
@@ -183,7 +188,7 @@ def _asymmetric(
     second = y * p * q + (1 - y) * (ratio * (q - p * clip / rest) if clip else p * q)
     wrong = y * q + (1 - y) * shifted
     gamma = gamma_pos * y + gamma_neg * (1 - y)
-    power = xp.where(gamma == 0, 1.0, wrong**gamma)
+    power = xp.where(gamma == 0, 1.0, _power(xp, wrong, y * p + (1 - y) * rest, gamma))
     slope = xp.where(wrong == 0, 0.0, (-y * p * q + (1 - y) * s1) / wrong)
     bend = xp.where(wrong == 0, 0.0, (-y * p * q * (q - p) + (1 - y) * s2) / wrong)
     curvature = gamma * ((gamma - 1) * slope**2 + bend)

@@ -99,9 +99,13 @@ cdef inline real exp_of(const Job *job, const View *v, real_pair z, int level) n
     return r_exp_relative(z.high, v.ref)
 
 
+cdef real_pair exp_parts(real_pair z) noexcept nogil:
+    return steep_exp(z).exp
+
+
 cdef inline log_prob log_probs(const View *v, real_pair z, real p) noexcept nogil:
     cdef log_prob at
-    at.u, at.p, at.not_p = ((z.high - v.max) - v.log_z) + z.low, p, r_set(1) - p
+    at.u, at.p, at.not_p, at.low = ((z.high - v.max) - v.log_z) + z.low, p, r_set(1) - p, r_set(0)
     return at
 
 
@@ -173,7 +177,11 @@ cdef inline void terms(
             keep_part(v, 2, c, wide, weighted(d, phi.d2))
         out[0], out[1], out[2] = weighted(d, phi.value), weighted(d, phi.d1), weighted(d, phi.d2)
     else:
-        e = exp_of(job, v, z, level)
+        if kind == SUM_PARTS:
+            parts = exp_parts(z)
+            e, parts = parts.high, steep_summand(parts)
+        else:
+            e = exp_of(job, v, z, level)
         if keep == IN_GRAD:
             put(v.at[GRAD] + place_of(v, GRAD, c, wide, level), v.lane[GRAD], e, n, True)
         elif keep == STAGED:
@@ -185,6 +193,8 @@ cdef inline void terms(
         elif kind == SUM_STATS:
             out[1] = weighted(e, v.max - z.high)
             out[2] = r_select(r_gt(x, v.label_logit), r_set(1), r_set(0))
+        elif kind == SUM_PARTS:
+            out[0], out[1], out[2] = parts.high, parts.low, r_set(0)
         elif kind == SUM_OUTSIDE:
             out[1] = r_select(r_lanes_in(v.teacher_has[c // LANES if wide else c]), r_set(0), e)
             out[2] = r_set(0)

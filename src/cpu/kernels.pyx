@@ -65,7 +65,7 @@ cdef extern from "formulas.h" nogil:
     ctypedef struct exp_pair:
         real_pair exp, expm1
     ctypedef struct log_prob:
-        real u, p, not_p
+        real u, p, not_p, low
     ctypedef struct distance_pair:
         real_pair x, y, gap
     ctypedef struct prob_pair:
@@ -85,7 +85,7 @@ cdef extern from "formulas.h" nogil:
         real max
     ctypedef struct row_state:
         exp_reference ref
-        real max, greatest, shrunk, top, rest, inverse, log_z
+        real max, greatest, shrunk, top, rest, rest_low, inverse, log_z
     ctypedef struct row_slope:
         real a_top, p, not_d1
         real_pair top, share
@@ -133,7 +133,11 @@ cdef extern from "formulas.h" nogil:
     exp_reference r_exp_reference(real max)
     real r_exp_relative(real x, exp_reference ref)
     real r_exp_relative_pair(real_pair x, exp_reference ref)
+    real_pair r_pair_of(real high, real low)
+    exp_pair steep_exp(real_pair x)
     exp_pair r_exp_pair_near(real_pair x)
+    real_pair steep_summand(real_pair e)
+    bint is_steep(int phi, scalar parameter)
     real_sum r_sum_add(real_sum s, real a)
     real r_add8(const real *a)
     row_state row_close(real max, real rest)
@@ -732,7 +736,8 @@ cdef double compute(Order *order, Py_ssize_t teacher_classes, int n_threads) exc
         what == LOSS and not job.sparse_teacher and (job.at[Q].data != NULL or given.label_smoothing != 0)
     )
     job.relative = job.dense and not job.linear and phi < FIRST_DIVERGENCE
-    job.by_distance = job.transforms or job.relative or phi >= FIRST_DIVERGENCE
+    job.steep = what == LOSS and is_steep(phi, job.parameter)
+    job.by_distance = job.transforms or job.relative or job.steep or phi >= FIRST_DIVERGENCE
     job.want_grad, job.want_hess = job.at[GRAD].data != NULL, job.at[HESS].data != NULL
     job.writes = job.want_grad or job.want_hess
     job.wide = (

@@ -220,11 +220,16 @@ cdef inline void open_row(const Job *job, View *v, real maximum) noexcept nogil:
 
 
 cdef inline void close_rows(const Job *job, Tile *tile) noexcept nogil:
-    cdef real maximum = r_load_scalars(tile.max), rest = r_load_scalars(tile.sums[0])
+    cdef real maximum = r_load_scalars(tile.max)
+    cdef real_pair rest
+    rest.high, rest.low = r_load_scalars(tile.sums[0]), r_set(0)
+    if job.steep:
+        rest = r_pair_of(rest.high, r_load_scalars(tile.sums[1]))
     if job.by_distance:
-        tile.state = row_close_transformed(job.transform, maximum, rest)
+        tile.state = row_close_transformed(job.transform, maximum, rest.high)
     else:
-        tile.state = row_close(maximum, rest)
+        tile.state = row_close(maximum, rest.high)
+    tile.state.rest_low = rest.low
 
 
 cdef inline void finish_loss(const Job *job, Tile *tile) noexcept nogil:
@@ -336,6 +341,8 @@ cdef inline int first_reading(const Job *job) noexcept nogil:
         return SUM_STATS
     if job.sparse_teacher:
         return SUM_OUTSIDE
+    if job.steep:
+        return SUM_PARTS
     return SUM_LINEAR if job.what == STATE or (job.dense and job.linear) else SUM_EXP
 
 

@@ -28,13 +28,13 @@ XCE_FN int64_t place_of(const element_job &j, const numbers &a, int64_t flat)
 }
 
 /* Entries that do not lie in a chunk of their own type: called, as a kernel does this for eight arrays. */
-template <class T> XCE_FAR void read_apart(const element_job &j, const numbers &a, int64_t flat, T missing, T *out)
+template <class T> XCE_CALLED void read_apart(const element_job &j, const numbers &a, int64_t flat, T missing, T *out)
 {
     for (int i = 0; i < VEC; i++)
         out[i] = a.data && flat + i < j.n ? read_number<T>(a.data + place_of(j, a, flat + i), (int)a.kind) : missing;
 }
 
-XCE_FAR void write_apart(const element_job &j, const numbers &a, int64_t flat, const scalar *in)
+XCE_CALLED void write_apart(const element_job &j, const numbers &a, int64_t flat, const scalar *in)
 {
     for (int i = 0; i < VEC && flat + i < j.n; i++)
         put<storage>(a.data + place_of(j, a, flat + i), in[i]);
@@ -69,7 +69,7 @@ template <class T> XCE_FN void read_numbers(const element_job &j, const numbers 
 /* Whether numbers are more precise than a scalar, and what they lack as such: in memory, and only that. */
 XCE_FN bool has_low(const numbers &a) { return sizeof(scalar) == sizeof(float) && a.data && a.kind == AS_DOUBLE; }
 
-XCE_FAR void read_low(const element_job &j, const numbers &a, int64_t flat, scalar *low)
+XCE_CALLED void read_low(const element_job &j, const numbers &a, int64_t flat, scalar *low)
 {
     for (int i = 0; i < VEC; i++) {
         double x = flat + i < j.n ? read_number<double>(a.data + place_of(j, a, flat + i), (int)a.kind) : 0;

@@ -218,6 +218,11 @@ XCE_FN void plain_row(const row_job &j, int64_t row, message_board *board, row_f
     sum_entries<GROUP * CLUSTER, LEVEL>(rank, n, &rest, [&](int64_t c) -> scalar {
         scalar x = entry<LEVEL>(j, v, c);
         real_pair z = distance_or_logit<LEVEL>(j, r.origin, x);
+        if (LEVEL == FULL && is_steep_row(j)) {
+            real_pair parts = c == r.top ? r_pair(0, 0) : steep_summand(steep_exp(z).exp);
+            add_to(&distances, parts.low);
+            return parts.high;
+        }
         scalar e = c == r.top ? 0 : exp_of<LEVEL>(j, z, ref);
         if (is_linear<LEVEL>(j) && c != r.top) {
             scalar d = coefficient(j, v, c);
@@ -232,7 +237,9 @@ XCE_FN void plain_row(const row_job &j, int64_t row, message_board *board, row_f
     sums<3> all = {{r_sum_total(rest), r_sum_total(distances), r_sum_total(weights)}};
     all = agree<GROUP, CLUSTER>(all, board);
     scalar linear[2] = {all.at[1], all.at[2]}, phi[4] = {0, 0, 0, 0};
-    r.state = by_distance ? row_close_transformed(with, top.value, all.at[0]) : row_close(max, all.at[0]);
+    const real_pair added = LEVEL == FULL && is_steep_row(j) ? r_pair_of(all.at[0], all.at[1]) : r_pair(all.at[0], 0);
+    r.state = by_distance ? row_close_transformed(with, top.value, added.high) : row_close(max, added.high);
+    r.state.rest_low = added.low;
 
     if (LEVEL == FULL && WHAT(j) == LOSS && j.teacher) {
         int64_t top_place;

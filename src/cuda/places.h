@@ -5,7 +5,7 @@
 const int64_t NOWHERE = 0x7fffffffffffffffLL;
 
 /* From a flat number in C order to an offset; divided in 32 bits where that is enough, in a fifth of the time. */
-XCE_FAR int64_t walk(const int64_t *shape, int axes, const int64_t *strides, int64_t flat)
+XCE_CALLED int64_t walk(const int64_t *shape, int axes, const int64_t *strides, int64_t flat)
 {
     int64_t offset = 0;
     int a = axes - 1;

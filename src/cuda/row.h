@@ -91,13 +91,15 @@ template <int LEVEL> XCE_FN bool is_relative(const row_job &j)
     return LEVEL == FULL && WHAT(j) == LOSS && j.dense && PHI(j) != PHI_cross_entropy && !j.teacher;
 }
 
+XCE_FN bool is_steep_row(const row_job &j) { return WHAT(j) == LOSS && is_steep(PHI(j), (scalar)j.options.parameter); }
+
 /* Whether entries are distances from the greatest one, in two parts */
 template <int LEVEL> XCE_FN bool is_by_distance(const row_job &j)
 {
-    return LEVEL == FULL && (j.teacher || is_transformed(j) || is_relative<LEVEL>(j));
+    return LEVEL == FULL && (j.teacher || is_transformed(j) || is_relative<LEVEL>(j) || is_steep_row(j));
 }
 
-XCE_FAR real_pair capped_distance(logit_transform t, logit_origin o, scalar x) { return distance_by_softcap(t, o, x); }
+XCE_CALLED real_pair capped_distance(logit_transform t, logit_origin o, scalar x) { return distance_by_softcap(t, o, x); }
 
 XCE_FN real_pair distance(const row_job &j, const logit_origin &o, scalar x)
 {
@@ -193,7 +195,7 @@ XCE_FN scalar teacher_logit(const row_job &j, const row_view &v, int64_t place) 
 /* Student and teacher at a class, which the teacher has at a place of its own */
 XCE_FN distance_pair distances_at(const row_job &j, const row_view &v, const row_outputs &r, int64_t place, int64_t c)
 {
-    return distances_of_pair(transform_of(j.softcap, j.temperature), r.origin, r.teacher_origin, entry<FULL>(j, v, c),
+    return distances_of_pair(transform_of(j.options.softcap, j.options.temperature), r.origin, r.teacher_origin, entry<FULL>(j, v, c),
                              teacher_logit(j, v, place));
 }
 

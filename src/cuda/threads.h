@@ -5,9 +5,9 @@
 #define XCE_PASTE(a, b) XCE_PASTED(a, b)
 #define XCE_PASTED(a, b) a##b
 #define XCE_FN static __device__ __forceinline__
-#define XCE_FAR static __device__ __noinline__
+#define XCE_CALLED static __device__ __noinline__
 #if defined(XCE_EMULATED) /* by tests/emulation.h, where one library has all losses */
-#define XCE_PART XCE_FAR
+#define XCE_PART XCE_CALLED
 #else
 #define XCE_PART XCE_FN /* a module has one loss, so there is little to it */
 #endif

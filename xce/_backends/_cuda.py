@@ -29,6 +29,7 @@ from xce._backends._numbers import (
     in_wider,
     is_beyond,
     is_plain,
+    is_steep,
     number_kind,
     unbounded,
 )
@@ -281,7 +282,7 @@ def _in_one_piece(call: Any, device: Device) -> Any:
 def is_beyond_float32(call: Any, device: Device) -> bool:
     """Whether an option is, or a weight of float64; weights are read only where the caller lets the data be checked."""
     if call.op == "element":  # whose kernel multiplies its weights in float64
-        return any(map(is_beyond, call.params)) or _has_beyond(call, device, *unbounded(call))
+        return is_steep(call) or any(map(is_beyond, call.params)) or _has_beyond(call, device, *unbounded(call))
     if is_plain(call):
         return False
     return has_options_beyond(call) or _has_beyond(call, device, call.weight, call.sample_weight)
@@ -408,7 +409,7 @@ def _level(job: Any, call: Call) -> int:
     """How general a row is."""
     is_dense = bool(job["dense"]) or int(job["what"]) == _WHAT["state"]
     is_transformed = call.numbers.softcap or call.numbers.temperature != 1 or call.where is not None
-    if is_transformed or job["teacher"] or (is_dense and job["phi"]):
+    if is_transformed or is_steep(call) or job["teacher"] or (is_dense and job["phi"]):
         return FULL
     return DENSE if is_dense else SPARSE
 

@@ -50,18 +50,28 @@ def number_kind(dtype: np.dtype[Any]) -> int:
     return kind
 
 
+def is_steep(call: Any) -> bool:
+    """Whether a power of 1 - p multiplies its error by more than float32 takes (XCE_STEEP_ABOVE of options.h)."""
+    if call.op == "element":
+        gammas = call.params[: {"sigmoid_focal_loss": 1, "asymmetric_loss": 2}.get(call.formula, 0)]
+    else:
+        gammas = (call.numbers.parameter,) if call.loss == "focal_loss" else ()
+    return any(gamma > 10 for gamma in gammas)
+
+
 def is_plain(call: Any) -> bool:
     """Whether a `Call` has no numbers but the logits."""
     return (
         call.numbers[1:] == _PLAIN
         and call.weight is call.sample_weight is None
         and not is_beyond(call.numbers.parameter)
+        and not is_steep(call)
     )
 
 
 def has_options_beyond(call: Any) -> bool:
-    """Whether an option of a `Call` is beyond float32."""
-    return any(map(is_beyond, call.numbers))
+    """Whether an option of a `Call` is beyond float32, or of its arithmetic."""
+    return is_steep(call) or any(map(is_beyond, call.numbers))
 
 
 def unbounded(call: Any) -> tuple[Any, ...]:

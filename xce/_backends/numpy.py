@@ -19,6 +19,7 @@ from xce._backends._numbers import (
     has_options_beyond,
     is_beyond,
     is_plain,
+    is_steep,
     unbounded,
 )
 from xce._call import Call, LinearCall, LogitStats, dtype_name
@@ -343,7 +344,7 @@ def _elements(call: ElementCall) -> Any:
 
 def _needs_float64(call: ElementCall, denominator: float) -> bool:
     """Whether float32 cannot hold a number of a call, or a product of its weights."""
-    if is_beyond(denominator) or any(map(is_beyond, call.params)) or _has_beyond(*unbounded(call)):
+    if is_steep(call) or is_beyond(denominator) or any(map(is_beyond, call.params)) or _has_beyond(*unbounded(call)):
         return True
     factors = [w for w in (call.weight, call.sample_weight) if w is not None]
     if len(factors) == 2:
