@@ -143,7 +143,7 @@ def test_ranks_beyond_what_float32_counts() -> None:
 
 def test_labels_in_bfloat16_as_the_reference_reads_them() -> None:
     y = LABELS.astype(ml_dtypes.bfloat16)
-    call = row_call(owner_of(LOGITS, "logits"), "loss", "cross_entropy", 0.0, LOGITS, y, {})
+    call = row_call(owner_of(LOGITS, "logits"), "loss", "cross_entropy", 0.0, LOGITS, y, {"reduction": "none"})
     value = _reference.run(call)[0]
     np.testing.assert_allclose(value, losses(LOGITS, LABELS).astype(float), rtol=4e-15)
 
