@@ -129,6 +129,11 @@ cdef inline bint is_plain_parameter(double a) noexcept:
     return a == 0 or SMALLEST < fabs(a) and -LARGEST < a <= STEEP_ABOVE
 
 
+cdef inline bint is_plain_reduction(object value, Options *options) noexcept:
+    options.is_mean, options.sums = value is "mean", value is not "none"
+    return options.is_mean or value is "sum" or value is "none"
+
+
 cdef bint are_plain(dict given, Options *options) except -1:
     """Read options; whether all are of the usual kinds."""
     cdef PyObject *key = NULL
@@ -146,8 +151,9 @@ cdef bint are_plain(dict given, Options *options) except -1:
             options.wants_grad = x is True
         elif name is "return_hess" and (x is True or x is False):
             options.wants_hess = x is True
-        elif name is "reduction" and (x is "mean" or x is "sum" or x is "none"):
-            options.is_mean, options.sums = x is "mean", x is not "none"
+        elif name is "reduction":
+            if not is_plain_reduction(x, options):
+                return False
         elif name is "n_threads" and (x is None or type(x) is int and 1 <= x < 1 << 20):
             options.n_threads = 0 if x is None else x
         elif name is "grad_out" and (x is None or type(x) is ndarray):
@@ -364,15 +370,14 @@ def element_loss(loss, tuple params, x, target, dict given, tuple factors=(None,
     """Return what a public loss of single elements returns; see `_elements.element_loss`."""
     if general_rows is None:
         connect()
-    if type(x) is ndarray and type(target) is ndarray and axis is reduction is None:
-        if factors[0] is None and factors[1] is None:
-            result = plain_element_loss(loss, params, <cnp.ndarray>x, <cnp.ndarray>target, given)
-            if result is not None:
-                return result
+    if type(x) is ndarray and type(target) is ndarray and axis is None and factors[0] is None and factors[1] is None:
+        result = plain_element_loss(loss, params, <cnp.ndarray>x, <cnp.ndarray>target, given, reduction)
+        if result is not None:
+            return result
     return general_elements(loss, params, x, target, given, factors, axis, reduction)
 
 
-cdef object plain_element_loss(loss, tuple params, cnp.ndarray x, cnp.ndarray target, dict given):
+cdef object plain_element_loss(loss, tuple params, cnp.ndarray x, cnp.ndarray target, dict given, reduction):
     """Return the result of a plain call, or None if the call is not plain."""
     cdef Options options
     cdef plain_elements elements
@@ -387,7 +392,7 @@ cdef object plain_element_loss(loss, tuple params, cnp.ndarray x, cnp.ndarray ta
         and have_one_shape(x, target) and cnp.PyArray_NDIM(x) > 0 and cnp.PyArray_SIZE(x) > 0
         and loss.range is None and loss.target_range is unit_interval
         and are_plain(given, &options) and not options.of_rows and options.sample_weight == NULL
-        and are_buffers(&options, x, target)
+        and are_buffers(&options, x, target) and (reduction is None or is_plain_reduction(reduction, &options))
     ):
         return None
     found = kernels_of(x)

@@ -278,7 +278,8 @@ def linear_call(
     def own(x: Array, name: str) -> Array:
         return None if x is None else view(owner, inputs, x, name, first_name="inputs")
 
-    x, linear_weight = owner.view(inputs, "inputs"), own(linear_weight, "linear_weight")
+    x = owner.view(inputs, "inputs")
+    linear_weight = view(owner, inputs, linear_weight, "linear_weight", first_name="inputs")
     x, linear_weight, linear_bias = check.linear_layer(x, linear_weight, own(linear_bias, "linear_bias"))
     target = check.view_target(owner, inputs, "inputs", x, target)
     arrays = {key: own(options.get(key), key) for key in ("weight", "where")}
