@@ -85,6 +85,8 @@ cdef double NAN = float("nan")
 cdef object general_rows = None      # `_call.row_loss`, for all that is not plain
 cdef object general_elements = None  # `_elements.element_loss`, likewise
 cdef object unit_interval = None     # the range of targets that is checked here
+cdef dict owners = None              # of arrays, by type: `_dispatch._owners`,
+cdef object engine = None            # and the one that the front stands before: `_backends.numpy`
 cdef dict kernels = None             # (module, scalar type) by the dtype of logits, as far as they were loaded
 cdef object load = None              # a dtype's
 cdef object team = None              # `_threads.team`
@@ -93,13 +95,19 @@ cdef Py_ssize_t serial_below = 0     # logits
 
 cdef int connect() except -1:
     """Import what the front stands before."""
-    global general_rows, general_elements, unit_interval, kernels, load, team, serial_below
-    from xce import _call, _check, _elements, _threads
+    global general_rows, general_elements, unit_interval, owners, engine, kernels, load, team, serial_below
+    from xce import _call, _check, _dispatch, _elements, _threads
     from xce._backends import numpy as engine
-    kernels, load, team, serial_below = engine._KERNELS, engine._load, _threads.team, _threads.SERIAL_BELOW
+    owners, kernels, load = _dispatch._owners, engine._KERNELS, engine._load
+    team, serial_below = _threads.team, _threads.SERIAL_BELOW
     general_elements, unit_interval = _elements.element_loss, _check.BETWEEN_0_AND_1
     general_rows = _call.row_loss
     return 0
+
+
+cdef inline bint is_ours(x, target) noexcept:
+    """Whether arrays are NumPy's own, and are computed on by the kernels of the CPU."""
+    return type(x) is ndarray and type(target) is ndarray and PyDict_GetItem(owners, ndarray) == <PyObject *>engine
 
 
 # ---- options -------------------------------------------------------------------------------------------------------
@@ -189,21 +197,25 @@ cdef bint are_plain(dict given, Options *options) except -1:
 
 cdef bint are_buffers(const Options *options, cnp.ndarray x, cnp.ndarray target) noexcept:
     """Whether the buffers are asked for, and take what is like x in memory of their own, or the first in that of x."""
-    if options.grad != NULL and not (options.wants_grad and is_buffer(<cnp.ndarray>options.grad, x, target, True)):
-        return False
-    if options.hess != NULL and not (options.wants_hess and is_buffer(<cnp.ndarray>options.hess, x, target, False)):
-        return False
-    if options.grad != NULL and options.hess != NULL:
-        return are_apart(<cnp.ndarray>options.grad, <cnp.ndarray>options.hess)
-    return True
+    if options.grad != NULL:
+        if not (options.wants_grad and is_buffer(options, <cnp.ndarray>options.grad, x, target, True)):
+            return False
+    if options.hess != NULL:
+        if not (options.wants_hess and is_buffer(options, <cnp.ndarray>options.hess, x, target, False)):
+            return False
+    return options.grad == NULL or are_apart(options.hess, <cnp.ndarray>options.grad)
 
 
-cdef bint is_buffer(cnp.ndarray out, cnp.ndarray x, cnp.ndarray target, bint in_place) noexcept:
+cdef bint is_buffer(
+    const Options *options, cnp.ndarray out, cnp.ndarray x, cnp.ndarray target, bint in_place
+) noexcept:
     if not (cnp.PyArray_ISCARRAY(out) and out.descr == x.descr and have_one_shape(out, x)):
         return False
-    if in_place and cnp.PyArray_DATA(out) == cnp.PyArray_DATA(x):
-        return are_apart(out, target)
-    return are_apart(out, x) and are_apart(out, target)
+    if not (in_place and cnp.PyArray_DATA(out) == cnp.PyArray_DATA(x)) and not are_apart(<PyObject *>x, out):
+        return False
+    if not are_apart(<PyObject *>target, out):
+        return False
+    return are_apart(options.weight, out) and are_apart(options.sample_weight, out)
 
 
 cdef inline bint have_one_shape(cnp.ndarray a, cnp.ndarray b) noexcept:
@@ -216,11 +228,16 @@ cdef inline bint have_one_shape(cnp.ndarray a, cnp.ndarray b) noexcept:
     return True
 
 
-cdef inline bint are_apart(cnp.ndarray a, cnp.ndarray b) noexcept:
-    """Whether two arrays without gaps share no memory."""
-    cdef const char *p = cnp.PyArray_BYTES(a)
-    cdef const char *q = cnp.PyArray_BYTES(b)
-    return p + cnp.PyArray_NBYTES(a) <= q or q + cnp.PyArray_NBYTES(b) <= p
+cdef inline bint are_apart(PyObject *other, cnp.ndarray out) noexcept:
+    """Whether an array, or NULL, has no gaps and shares no memory with another without gaps."""
+    cdef cnp.ndarray a
+    if other == NULL:
+        return True
+    a = <cnp.ndarray>other
+    return cnp.PyArray_ISCARRAY_RO(a) and (
+        cnp.PyArray_BYTES(a) + cnp.PyArray_NBYTES(a) <= cnp.PyArray_BYTES(out)
+        or cnp.PyArray_BYTES(out) + cnp.PyArray_NBYTES(out) <= cnp.PyArray_BYTES(a)
+    )
 
 
 cdef PyObject *kernels_of(cnp.ndarray x) except? NULL:
@@ -253,7 +270,7 @@ def row_loss(str function, double parameter, logits, target, dict given):
     """Return what a public loss of rows returns, of labels or probabilities and the options that it was given."""
     if general_rows is None:
         connect()
-    if type(logits) is ndarray and type(target) is ndarray:
+    if is_ours(logits, target):
         result = plain_row_loss(function, parameter, <cnp.ndarray>logits, <cnp.ndarray>target, given)
         if result is not None:
             return result
@@ -370,7 +387,7 @@ def element_loss(loss, tuple params, x, target, dict given, tuple factors=(None,
     """Return what a public loss of single elements returns; see `_elements.element_loss`."""
     if general_rows is None:
         connect()
-    if type(x) is ndarray and type(target) is ndarray and axis is None and factors[0] is None and factors[1] is None:
+    if is_ours(x, target) and axis is None and factors[0] is None and factors[1] is None:
         result = plain_element_loss(loss, params, <cnp.ndarray>x, <cnp.ndarray>target, given, reduction)
         if result is not None:
             return result

@@ -204,9 +204,9 @@ enum {
 #undef XCE_ENUMERATE
 };
 
-#define XCE_NAME(name) #name,
 XCE_FN int is_steep(int phi, scalar parameter) { return phi == PHI_focal_loss && is_steep_power(parameter); }
 
+#define XCE_NAME(name) #name,
 XCE_NAMES XCE_PHI_NAMES[] = {XCE_SOFTMAX_LOSSES(XCE_NAME) XCE_DIVERGENCES(XCE_NAME)};
 
 XCE_PART jet loss_phi(int phi, log_prob at, scalar parameter)

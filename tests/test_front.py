@@ -127,6 +127,7 @@ def test_buffers_are_filled_and_returned(buffers: str) -> None:
 X = np.zeros((4, 3), np.float32)
 Y = np.array([0, 1, 2, 0])
 OVERLAPPING = np.zeros(24, np.float32)
+ONES = np.ones(24, np.float32)
 NOT_PLAIN: dict[str, tuple[Any, Any, dict[str, Any], Any]] = {
     # what is given, and what the general way makes of it: a value, or an error
     "label out of range": (X, np.array([0, 1, 3, 0]), {}, xce.LabelError),
@@ -181,7 +182,15 @@ NOT_PLAIN: dict[str, tuple[Any, Any, dict[str, Any], Any]] = {
         OVERLAPPING[:12].reshape(4, 3), Y, {"return_grad": True, "grad_out": OVERLAPPING[6:18].reshape(4, 3)},
         ValueError,
     ),
-    "buffer over labels": (X, Y, {"return_grad": True, "grad_out": Y.view("f4")[:0]}, ValueError),
+    "buffer over labels": (
+        X[:, :2], Y, {"return_grad": True, "grad_out": Y.view("f4").reshape(4, 2)}, ValueError,
+    ),
+    "buffer over weights": (
+        X, Y, {"return_grad": True, "grad_out": OVERLAPPING[:12].reshape(4, 3), "weight": OVERLAPPING[3:6]}, ValueError,
+    ),
+    "buffer over sample weights": (
+        X, Y, {"return_grad": True, "grad_out": ONES[:12].reshape(4, 3), "sample_weight": ONES[8:12]}, ValueError,
+    ),
 }  # fmt: skip
 
 

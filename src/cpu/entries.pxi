@@ -177,11 +177,9 @@ cdef inline void terms(
             keep_part(v, 2, c, wide, weighted(d, phi.d2))
         out[0], out[1], out[2] = weighted(d, phi.value), weighted(d, phi.d1), weighted(d, phi.d2)
     else:
+        e = exp_of(job, v, z, level)  # the same where it is kept and where it is formed again
         if kind == SUM_PARTS:
-            parts = exp_parts(z)
-            e, parts = parts.high, steep_summand(parts)
-        else:
-            e = exp_of(job, v, z, level)
+            parts = steep_summand(exp_parts(z))
         if keep == IN_GRAD:
             put(v.at[GRAD] + place_of(v, GRAD, c, wide, level), v.lane[GRAD], e, n, True)
         elif keep == STAGED:
