@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases import LOSSES, Case, problem
 from numpy.exceptions import AxisError
 
 import xce
@@ -598,3 +599,11 @@ def test_a_fraction_of_very_many_digits() -> None:
         ValueError, match=r"^temperature=<fractions\.Fraction> is not allowed: expected a finite number"
     ):
         xce.cross_entropy(X, Y, temperature=Fraction(10**5000, 3))
+
+
+@pytest.mark.parametrize("reduction", [None, "avg", 1])
+@pytest.mark.parametrize("case", LOSSES, ids=lambda case: case.name)
+def test_reductions_that_no_loss_has(case: Case, reduction: Any) -> None:
+    x, y, options = problem({}, case.modes[0], (3, 4), case=case)
+    with pytest.raises((TypeError, ValueError), match=r"^reduction.*expected 'mean', 'sum'"):
+        case.function(x, y, **options | {"reduction": reduction})

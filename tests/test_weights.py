@@ -399,3 +399,16 @@ def test_a_label_of_bfloat16_that_is_no_class() -> None:
         xce.cross_entropy(torch.zeros(2, 3), labels)
     with pytest.raises(xce.LabelError, match=r"^target\[1\] = 9 is out of range"):
         xce.cross_entropy(torch.zeros(2, 3), labels.floor())
+
+
+def test_classes_that_take_no_part_have_derivatives_of_0_where_weights_cancel() -> None:
+    rng = np.random.default_rng(0)
+    x, teacher = rng.normal(size=(2, 2, 5))
+    where, w = np.array([True, False, True, True, False]), np.array([1.0, -1.0])
+    for caller in (call, lambda f, *args, **options: oracle(f, *args, **options)):
+        for f, y in ((xce.cross_entropy, np.array([0, 2])), (xce.distillation_loss, teacher)):
+            loss, *derivatives = caller(f, x, y, where=where, sample_weight=w, **FLAGS)
+            assert np.isnan(loss)
+            for d in derivatives:
+                assert np.isnan(d[:, where]).all()
+                assert (d[:, ~where] == 0).all()

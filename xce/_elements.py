@@ -56,7 +56,6 @@ class ElementLoss(NamedTuple):
     range: tuple[float, float | None, str] | None = None  # of that, and
     target_range: tuple[float, float | None, str] | None = check.BETWEEN_0_AND_1
     factors: tuple[str, str] = ("weight", "pos_weight")  # the names of the two that it may take besides sample weights
-    reductions: tuple[str, ...] = check.REDUCTIONS
 
 
 def element_loss(
@@ -71,11 +70,11 @@ def element_loss(
 ) -> Any:
     """Return what a public loss of single elements returns; `axis` is that of means over the classes of a row.
 
-    A reduction that is not among the options is one of the loss's own.
+    A reduction that is not among the options is an own parameter of the loss, and checked.
     """
     owner, options = owner_of(x, loss.name), checked(loss.function, options)
     if reduction is not None:
-        options["reduction"] = check.choice("reduction", reduction, loss.reductions)
+        options["reduction"] = reduction
     call = element_call(owner, loss, params, x, target, options, factors, axis)
     return finish(owner, call, owner.run(call), options)
 

@@ -446,7 +446,7 @@ def _distillation(call: Call) -> tuple[Array, Array | None, Array | None]:
         s[..., None] * grad / call.numbers.temperature,
         s[..., None] * hess / call.numbers.temperature / call.numbers.temperature,
     )
-    loss, *derivatives = _reduced(xp, call, loss, grad, hess, xp.where(removed, 0.0, s), removed[..., None])
+    loss, *derivatives = _reduced(xp, call, loss, grad, hess, xp.where(removed, 0.0, s), removed[..., None] | ~kept)
     return xp.astype(loss, dtype), *derivatives
 
 

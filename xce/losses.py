@@ -388,10 +388,7 @@ _BINARY_OF_PROBS = ElementLoss("binary_cross_entropy", "binary_cross_entropy", n
 _SIGMOID_FOCAL = ElementLoss("sigmoid_focal_loss", "sigmoid_focal_loss", factors=("weight", "alpha"))
 _ASYMMETRIC = ElementLoss("asymmetric_loss", "asymmetric_loss")
 _SOFT_MARGIN = ElementLoss("soft_margin_loss", "soft_margin_loss", kinds=SIGNS, target_range=None)
-_KL_DIV = ElementLoss(
-    "kl_div", "kl_div", name="log_probs", kinds=check.FLOATS, target_range=check.NOT_NEGATIVE,
-    reductions=(*check.REDUCTIONS, "batchmean"),
-)  # fmt: skip
+_KL_DIV = ElementLoss("kl_div", "kl_div", name="log_probs", kinds=check.FLOATS, target_range=check.NOT_NEGATIVE)
 _KL_DIV_LOG = _KL_DIV._replace(formula="kl_div_log_target", target_range=None)
 
 
@@ -586,6 +583,7 @@ def sigmoid_focal_loss(
     # gamma, alpha or -1 where each class has its own, and whether there is one
     params = check.real("gamma", gamma), max(share, 0.0) if is_number else -1.0, float(share >= 0)
     factors = None, None if is_number else alpha
+    reduction = check.choice("reduction", reduction, check.REDUCTIONS)
     return element_loss(_SIGMOID_FOCAL, params, logits, target, options, factors, reduction=reduction)
 
 
@@ -767,6 +765,7 @@ def kl_div(
     0.255413
     """
     loss = _KL_DIV_LOG if check.flag("log_target", log_target) else _KL_DIV
+    reduction = check.choice("reduction", reduction, (*check.REDUCTIONS, "batchmean"))
     return element_loss(loss, (), log_probs, target, options, reduction=reduction)
 
 
