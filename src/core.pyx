@@ -78,6 +78,10 @@ cdef extern from *:
 cdef extern from "numpy/arrayobject.h":
     object PyArray_NewLikeArray(cnp.ndarray prototype, cnp.NPY_ORDER order, void *descr, int subok)
 
+# Labels or targets that are looked at without letting other threads, or Ctrl-C, in between: 10 ms
+cdef enum:
+    SCANNED = 16777216
+
 cdef type ndarray = numpy.ndarray
 cdef object float64 = numpy.dtype("float64")
 cdef double NAN = float("nan")
@@ -288,7 +292,7 @@ cdef object plain_row_loss(str function, double parameter, cnp.ndarray logits, c
     if not (
         cnp.PyArray_NDIM(logits) == 2 and cnp.PyArray_ISCARRAY_RO(logits) and cnp.PyArray_SIZE(logits) > 0
         and cnp.PyArray_NDIM(target) == 1 and cnp.PyArray_ISCARRAY_RO(target)
-        and cnp.PyArray_ITEMSIZE(target) == 8 and target.descr.kind == b"i"
+        and cnp.PyArray_ITEMSIZE(target) == 8 and target.descr.kind == b"i" and cnp.PyArray_SIZE(target) <= SCANNED
         and cnp.PyArray_DIM(target, 0) == cnp.PyArray_DIM(logits, 0)
         and is_plain_parameter(parameter)
         and are_plain(given, &options) and are_buffers(&options, logits, target)
@@ -354,12 +358,12 @@ cdef bint are_plain_weights(const Options *options, plain_rows *rows, cnp.ndarra
             return False
     if options.sample_weight != NULL:
         a = <cnp.ndarray>options.sample_weight
-        if not is_vector(a, rows.n_rows) or rows.n_rows > 1 << 24 or cnp.PyArray_ITEMSIZE(a) < 4:
+        if not is_vector(a, rows.n_rows) or cnp.PyArray_ITEMSIZE(a) < 4:
             return False
         rows.sample, rows.sample_bytes = cnp.PyArray_DATA(a), <int>cnp.PyArray_ITEMSIZE(a)
         if not are_within(rows.sample, rows.n_rows, rows.sample_bytes == 8, -LARGEST, True):
             return False
-    return options.weight == NULL or rows.n_rows <= 1 << 24
+    return True
 
 
 cdef inline bint is_vector(cnp.ndarray a, Py_ssize_t n) noexcept:
@@ -406,7 +410,7 @@ cdef object plain_element_loss(loss, tuple params, cnp.ndarray x, cnp.ndarray ta
     cdef int i
     if not (
         cnp.PyArray_ISCARRAY_RO(x) and cnp.PyArray_ISCARRAY_RO(target) and x.descr == target.descr
-        and have_one_shape(x, target) and cnp.PyArray_NDIM(x) > 0 and cnp.PyArray_SIZE(x) > 0
+        and have_one_shape(x, target) and cnp.PyArray_NDIM(x) > 0 and 0 < cnp.PyArray_SIZE(x) <= SCANNED
         and loss.range is None and loss.target_range is unit_interval
         and are_plain(given, &options) and not options.of_rows and options.sample_weight == NULL
         and are_buffers(&options, x, target) and (reduction is None or is_plain_reduction(reduction, &options))

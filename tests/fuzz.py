@@ -682,6 +682,8 @@ def softmax_loss(g: Chooser, name: str) -> Call:
         if chosen.invalid.any() and reduction == "mean":  # whose weight is anybody's guess; the mean is NaN
             skip[1] = np.ones(shape, bool)
         limits = row_limits(name, parameter, is_soft or smoothing > 0, more)
+        if name == "focal_loss" and parameter > 10 and softcap is not None:  # of which twice the limit is promised
+            limits = (2 * limits[0], 2 * limits[1], 2 * limits[2])
         if dtype == np.float64 and reduction != "none":  # equal rows, one after the other in eight sums, err alike
             limits = (limits[0] + min(n_rows, 1024) / 16, *limits[1:])
         return results_of(total, options, dtype, limits, (skip[0], skip[1]))

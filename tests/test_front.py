@@ -28,7 +28,7 @@ ELEMENT_LOSSES: dict[str, Any] = {
     "asymmetric_loss": losses._ASYMMETRIC,
 }  # fmt: skip
 
-RULES = {"real", "unboxed", "<lambda>"}  # which a loss's own parameter is checked by
+RULES = {"real", "unboxed", "choice", "<lambda>"}  # which a loss's own parameter is checked by
 
 
 def python_frames(call: Any) -> list[str]:

@@ -654,6 +654,8 @@ def flag(name: str, value: Any) -> bool:
 
 def choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
     """Return an option that is one of a few words."""
+    if type(value) is str and value in allowed:
+        return value
     text = f"expected {_either([repr(word) for word in allowed])}"
     if not isinstance(value, str):
         raise TypeError(f"{name} is {described(value)}: {text}")
