@@ -505,13 +505,24 @@ XCE_FN log_prob row_entry(row_state s, real_pair x) /* any entry but the top one
 
 XCE_FN real row_lse(row_state s) { return s.greatest + s.log_z; }
 
-/* Of a steep loss entries are distances, so that top is 1 (or NaN), and exp is added up in two parts: multiples of 2^-26, the sum
- * of which is exact, and what is left, the sum of which errs by little. */
-XCE_FN real_pair steep_summand(real_pair e)
+/* Of a steep loss entries are distances, so that top is 1 (or NaN), and exp is added up in three parts: multiples of 2^-26 and of
+ * 2^-52, the sums of which are exact, and what is left, the sum of which errs by little, also beside a sum of small terms. */
+typedef struct {
+    real high, middle, low;
+} steep_term;
+
+XCE_FN steep_term steep_summand(real_pair e)
 {
-    const real unit = r_set((scalar)0x1.8p26);
-    real high = (e.high + unit) - unit;
-    return r_pair(high, (e.high - high) + e.low);
+    const real coarse = r_set((scalar)0x1.8p26), fine = r_set((scalar)0x1.8p0);
+    real high = (e.high + coarse) - coarse, left = e.high - high, middle = (left + fine) - fine;
+    steep_term t = {high, middle, (left - middle) + e.low};
+    return t;
+}
+
+XCE_FN real_pair steep_total(steep_term sums)
+{
+    real_pair all = r_difference(sums.high, -sums.middle);
+    return r_pair_of(all.high, all.low + sums.low);
 }
 
 XCE_FN real_pair steep_sum(row_state s)

@@ -583,8 +583,8 @@ def sigmoid_focal_loss(
     # gamma, alpha or -1 where each class has its own, and whether there is one
     params = check.real("gamma", gamma), max(share, 0.0) if is_number else -1.0, float(share >= 0)
     factors = None, None if is_number else alpha
-    reduction = check.choice("reduction", reduction, check.REDUCTIONS)
-    return element_loss(_SIGMOID_FOCAL, params, logits, target, options, factors, reduction=reduction)
+    own = check.choice("reduction", reduction, check.REDUCTIONS)
+    return element_loss(_SIGMOID_FOCAL, params, logits, target, options, factors, reduction=own)
 
 
 @takes(ElementOptions, like=binary_cross_entropy_with_logits)
@@ -765,8 +765,8 @@ def kl_div(
     0.255413
     """
     loss = _KL_DIV_LOG if check.flag("log_target", log_target) else _KL_DIV
-    reduction = check.choice("reduction", reduction, (*check.REDUCTIONS, "batchmean"))
-    return element_loss(loss, (), log_probs, target, options, reduction=reduction)
+    own = check.choice("reduction", reduction, (*check.REDUCTIONS, "batchmean"))
+    return element_loss(loss, (), log_probs, target, options, reduction=own)
 
 
 @takes(MapOptions)

@@ -158,6 +158,7 @@ cdef inline void terms(
     """What an entry adds to the sums of its row; the top entry adds nothing."""
     cdef real x, e, d
     cdef real_pair z, parts
+    cdef steep_term term
     cdef log_prob at
     cdef jet phi
     if kind >= SUM_DIVERGENCE and keep == PAIRED:
@@ -179,7 +180,7 @@ cdef inline void terms(
     else:
         e = exp_of(job, v, z, level)  # the same where it is kept and where it is formed again
         if kind == SUM_PARTS:
-            parts = steep_summand(exp_parts(z))
+            term = steep_summand(exp_parts(z))
         if keep == IN_GRAD:
             put(v.at[GRAD] + place_of(v, GRAD, c, wide, level), v.lane[GRAD], e, n, True)
         elif keep == STAGED:
@@ -192,7 +193,7 @@ cdef inline void terms(
             out[1] = weighted(e, v.max - z.high)
             out[2] = r_select(r_gt(x, v.label_logit), r_set(1), r_set(0))
         elif kind == SUM_PARTS:
-            out[0], out[1], out[2] = parts.high, parts.low, r_set(0)
+            out[0], out[1], out[2] = term.high, term.middle, term.low
         elif kind == SUM_OUTSIDE:
             out[1] = r_select(r_lanes_in(v.teacher_has[c // LANES if wide else c]), r_set(0), e)
             out[2] = r_set(0)

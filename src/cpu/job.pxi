@@ -24,7 +24,7 @@ cdef enum:
     SUM_LINEAR = 1         # exp; d (max - x); d
     SUM_STATS = 2          # exp; exp (max - x); logits above the label's
     SUM_OUTSIDE = 3        # exp; exp of the classes that a sparse teacher does not have
-    SUM_PARTS = 4          # exp of a steep loss in two parts, whose sums are exact and small
+    SUM_PARTS = 4          # exp of a steep loss in three parts
     SUM_PHI = 5            # d phi; d phi'; d phi''; slopes: a number for each phi
     SUM_TEACHER = 16       # the teacher's exp; the student's less that, of all classes; a dense teacher's student's
     SUM_DIVERGENCE = 17    # its value; p d1; p d2: a number for each divergence
@@ -119,7 +119,7 @@ cdef struct Job:
     bint keeps_pairs                   # the stage holds what is PAIRED of a tile
     bint sparse_teacher                # it has logits of the classes INDICES only
     bint by_distance                   # entries are distances from the greatest one, in two parts
-    bint steep                         # and exp is added up in two parts
+    bint steep                         # and exp is added up in parts
     bint relative                      # the gradient is made of slopes against the top entry's
     bint transforms, linear, dense, want_grad, want_hess, writes, wide, streams
     int level, tile_rows

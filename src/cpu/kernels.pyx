@@ -133,10 +133,12 @@ cdef extern from "formulas.h" nogil:
     exp_reference r_exp_reference(real max)
     real r_exp_relative(real x, exp_reference ref)
     real r_exp_relative_pair(real_pair x, exp_reference ref)
-    real_pair r_pair_of(real high, real low)
     exp_pair steep_exp(real_pair x)
     exp_pair r_exp_pair_near(real_pair x)
-    real_pair steep_summand(real_pair e)
+    ctypedef struct steep_term:
+        real high, middle, low
+    steep_term steep_summand(real_pair e)
+    real_pair steep_total(steep_term sums)
     bint is_steep(int phi, scalar parameter)
     real_sum r_sum_add(real_sum s, real a)
     real r_add8(const real *a)

@@ -222,9 +222,11 @@ cdef inline void open_row(const Job *job, View *v, real maximum) noexcept nogil:
 cdef inline void close_rows(const Job *job, Tile *tile) noexcept nogil:
     cdef real maximum = r_load_scalars(tile.max)
     cdef real_pair rest
+    cdef steep_term sums
     rest.high, rest.low = r_load_scalars(tile.sums[0]), r_set(0)
     if job.steep:
-        rest = r_pair_of(rest.high, r_load_scalars(tile.sums[1]))
+        sums.high, sums.middle, sums.low = rest.high, r_load_scalars(tile.sums[1]), r_load_scalars(tile.sums[2])
+        rest = steep_total(sums)
     if job.by_distance:
         tile.state = row_close_transformed(job.transform, maximum, rest.high)
     else:

@@ -219,9 +219,9 @@ XCE_FN void plain_row(const row_job &j, int64_t row, message_board *board, row_f
         scalar x = entry<LEVEL>(j, v, c);
         real_pair z = distance_or_logit<LEVEL>(j, r.origin, x);
         if (LEVEL == FULL && is_steep_row(j)) {
-            real_pair parts = c == r.top ? r_pair(0, 0) : steep_summand(steep_exp(z).exp);
-            add_to(&distances, parts.low);
-            return parts.high;
+            steep_term term = steep_summand(c == r.top ? r_pair(0, 0) : steep_exp(z).exp);
+            add_to(&distances, term.middle), add_to(&weights, term.low);
+            return term.high;
         }
         scalar e = c == r.top ? 0 : exp_of<LEVEL>(j, z, ref);
         if (is_linear<LEVEL>(j) && c != r.top) {
@@ -237,7 +237,11 @@ XCE_FN void plain_row(const row_job &j, int64_t row, message_board *board, row_f
     sums<3> all = {{r_sum_total(rest), r_sum_total(distances), r_sum_total(weights)}};
     all = agree<GROUP, CLUSTER>(all, board);
     scalar linear[2] = {all.at[1], all.at[2]}, phi[4] = {0, 0, 0, 0};
-    const real_pair added = LEVEL == FULL && is_steep_row(j) ? r_pair_of(all.at[0], all.at[1]) : r_pair(all.at[0], 0);
+    real_pair added = {all.at[0], 0};
+    if (LEVEL == FULL && is_steep_row(j)) {
+        steep_term sums = {all.at[0], all.at[1], all.at[2]};
+        added = steep_total(sums);
+    }
     r.state = by_distance ? row_close_transformed(with, top.value, added.high) : row_close(max, added.high);
     r.state.rest_low = added.low;
 
