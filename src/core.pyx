@@ -89,7 +89,7 @@ cdef double NAN = float("nan")
 cdef object general_rows = None      # `_call.row_loss`, for all that is not plain
 cdef object general_elements = None  # `_elements.element_loss`, likewise
 cdef object unit_interval = None     # the range of targets that is checked here
-cdef dict owners = None              # of arrays, by type: `_dispatch._owners`,
+cdef object dispatch = None          # `_dispatch`, which knows the owner of arrays,
 cdef object engine = None            # and the one that the front stands before: `_backends.numpy`
 cdef dict kernels = None             # (module, scalar type) by the dtype of logits, as far as they were loaded
 cdef object load = None              # a dtype's
@@ -99,19 +99,22 @@ cdef Py_ssize_t serial_below = 0     # logits
 
 cdef int connect() except -1:
     """Import what the front stands before."""
-    global general_rows, general_elements, unit_interval, owners, engine, kernels, load, team, serial_below
-    from xce import _call, _check, _dispatch, _elements, _threads
+    global general_rows, general_elements, unit_interval, dispatch, engine, kernels, load, team, serial_below
+    from xce import _call, _check, _elements, _threads
+    from xce import _dispatch as dispatch
     from xce._backends import numpy as engine
-    owners, kernels, load = _dispatch._owners, engine._KERNELS, engine._load
+    kernels, load = engine._KERNELS, engine._load
     team, serial_below = _threads.team, _threads.SERIAL_BELOW
     general_elements, unit_interval = _elements.element_loss, _check.BETWEEN_0_AND_1
     general_rows = _call.row_loss
     return 0
 
 
-cdef inline bint is_ours(x, target) noexcept:
-    """Whether arrays are NumPy's own, and are computed on by the kernels of the CPU."""
-    return type(x) is ndarray and type(target) is ndarray and PyDict_GetItem(owners, ndarray) == <PyObject *>engine
+cdef inline bint has_kernels() except -1:
+    """Whether the kernels of the CPU compute on NumPy's arrays, as they do unless a test has something else do it."""
+    if engine is None:
+        connect()
+    return PyDict_GetItem(dispatch._owners, ndarray) == <PyObject *>engine
 
 
 # ---- options -------------------------------------------------------------------------------------------------------
@@ -272,16 +275,16 @@ cdef object returned(const Options *options, value, grad, hess):
 
 def row_loss(str function, double parameter, logits, target, dict given):
     """Return what a public loss of rows returns, of labels or probabilities and the options that it was given."""
-    if general_rows is None:
-        connect()
-    if is_ours(logits, target):
+    if type(logits) is ndarray and type(target) is ndarray:
         result = plain_row_loss(function, parameter, <cnp.ndarray>logits, <cnp.ndarray>target, given)
         if result is not None:
             return result
+    if general_rows is None:
+        connect()
     return general_rows(function, parameter, logits, target, given)
 
 
-cdef object plain_row_loss(str function, double parameter, cnp.ndarray logits, cnp.ndarray target, dict given):
+cpdef object plain_row_loss(str function, double parameter, cnp.ndarray logits, cnp.ndarray target, dict given):
     """Return the result of a plain call, or None if the call is not plain."""
     cdef Options options
     cdef plain_rows rows
@@ -290,7 +293,8 @@ cdef object plain_row_loss(str function, double parameter, cnp.ndarray logits, c
     cdef object value = None, grad = None, hess = None
     cdef bint is_double
     if not (
-        cnp.PyArray_NDIM(logits) == 2 and cnp.PyArray_ISCARRAY_RO(logits) and cnp.PyArray_SIZE(logits) > 0
+        has_kernels()
+        and cnp.PyArray_NDIM(logits) == 2 and cnp.PyArray_ISCARRAY_RO(logits) and cnp.PyArray_SIZE(logits) > 0
         and cnp.PyArray_NDIM(target) == 1 and cnp.PyArray_ISCARRAY_RO(target)
         and cnp.PyArray_ITEMSIZE(target) == 8 and target.descr.kind == b"i" and cnp.PyArray_SIZE(target) <= SCANNED
         and cnp.PyArray_DIM(target, 0) == cnp.PyArray_DIM(logits, 0)
@@ -389,16 +393,16 @@ cdef bint are_within(const void *numbers, Py_ssize_t n, bint is_double, double l
 
 def element_loss(loss, tuple params, x, target, dict given, tuple factors=(None, None), axis=None, reduction=None):
     """Return what a public loss of single elements returns; see `_elements.element_loss`."""
-    if general_rows is None:
-        connect()
-    if is_ours(x, target) and axis is None and factors[0] is None and factors[1] is None:
+    if type(x) is ndarray and type(target) is ndarray and axis is None and factors[0] is None and factors[1] is None:
         result = plain_element_loss(loss, params, <cnp.ndarray>x, <cnp.ndarray>target, given, reduction)
         if result is not None:
             return result
+    if general_rows is None:
+        connect()
     return general_elements(loss, params, x, target, given, factors, axis, reduction)
 
 
-cdef object plain_element_loss(loss, tuple params, cnp.ndarray x, cnp.ndarray target, dict given, reduction):
+cpdef object plain_element_loss(loss, tuple params, cnp.ndarray x, cnp.ndarray target, dict given, reduction):
     """Return the result of a plain call, or None if the call is not plain."""
     cdef Options options
     cdef plain_elements elements
@@ -409,7 +413,8 @@ cdef object plain_element_loss(loss, tuple params, cnp.ndarray x, cnp.ndarray ta
     cdef double denominator
     cdef int i
     if not (
-        cnp.PyArray_ISCARRAY_RO(x) and cnp.PyArray_ISCARRAY_RO(target) and x.descr == target.descr
+        has_kernels()
+        and cnp.PyArray_ISCARRAY_RO(x) and cnp.PyArray_ISCARRAY_RO(target) and x.descr == target.descr
         and have_one_shape(x, target) and cnp.PyArray_NDIM(x) > 0 and 0 < cnp.PyArray_SIZE(x) <= SCANNED
         and loss.range is None and loss.target_range is unit_interval
         and are_plain(given, &options) and not options.of_rows and options.sample_weight == NULL

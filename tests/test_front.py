@@ -225,3 +225,22 @@ def test_the_nearest_option_is_named() -> None:
 def test_bfloat16_of_both_kinds() -> None:
     x = X.astype(ml_dtypes.bfloat16)
     assert xce.cross_entropy(x, Y) == xce.cross_entropy(X, Y)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "bfloat16"])
+def test_tensors_take_the_same_way(dtype: str) -> None:
+    torch = pytest.importorskip("torch")
+    x = torch.from_numpy(RNG.normal(size=(N, C))).to(getattr(torch, dtype))
+    y, q = torch.from_numpy(LABELS), torch.sigmoid(x)
+    for f, target in ((xce.cross_entropy, y), (xce.binary_cross_entropy_with_logits, q)):
+        for flags in ({}, {"return_grad": True}, {"return_grad": True, "return_hess": True, "reduction": "none"}):
+            found = f(x, target, **flags)
+            # with a weight it is no plain call
+            own = {"sample_weight": torch.ones(target.shape, dtype=torch.int64)}
+            expected = f(x, target, **flags, **own)
+            for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (found, expected)), strict=True):
+                assert type(a) is torch.Tensor
+                assert a.dtype == b.dtype
+                assert torch.equal(a, b)
+    frames = python_frames(lambda: xce.cross_entropy(x, y))
+    assert "row_call" not in frames

@@ -13,15 +13,18 @@ from numpy import ndarray
 
 from xce import _check as check
 from xce._check import DIVERGENCES, NATIVE_FLOATS, NATIVE_INTEGERS, Array, dtype_name, thread_count
+from xce._core import plain_row_loss
 from xce._dispatch import device_of, namespace, owner_of, placed, view, view_buffer
 from xce._options import DEFAULTS, NUMBERS, Numbers, checked
 
 __all__ = [
     "Array", "Call", "LinearCall", "LogitStats", "divergence_call", "dtype_name", "finish", "finish_linear",
-    "linear_call", "map_call", "nll", "outputs", "row_call", "row_loss", "thread_count",
+    "linear_call", "map_call", "nll", "outputs", "plain_views", "row_call", "row_loss", "thread_count",
+    "viewed_buffers", "wrapped",
 ]  # fmt: skip
 
 _PLAIN = Numbers()
+_NO_ARRAYS = {bool, int, float, str, type(None)}
 
 
 class Call(NamedTuple):
@@ -86,10 +89,32 @@ class LogitStats(NamedTuple):
 
 
 def row_loss(function: str, parameter: float, logits: Array, target: Array, options: Any) -> Any:
-    """Return what a public loss of rows returns; plain calls are answered by `_core` before they come here."""
-    owner, options = owner_of(logits, "logits"), checked(function, options)
+    """Return what a public loss of rows returns; plain calls on NumPy arrays are answered by `_core` before this."""
+    owner = owner_of(logits, "logits")
+    if (arrays := plain_views(owner, "logits", logits, target, options)) is not None:
+        result = plain_row_loss(function, parameter, *arrays, options)
+        if result is not None:
+            return wrapped(owner, result)
+    options = checked(function, options)
     call = row_call(owner, "loss", function, parameter, logits, target, options)
     return finish(owner, call, owner.run(call), options)
+
+
+def plain_views(
+    owner: ModuleType, name: str, x: Array, target: Array, options: dict[str, Any]
+) -> tuple[ndarray[Any, Any], ndarray[Any, Any]] | None:
+    """Return the NumPy arrays that share the memory of another library's, if a call has these two and no other."""
+    if type(x) is ndarray or type(target) is not type(x) or not _NO_ARRAYS.issuperset(map(type, options.values())):
+        return None
+    if owner.place(x) is not None or type(first := owner.view(x, name)) is not ndarray:
+        return None
+    second = view(owner, x, target, "target", name)
+    return (first, second) if type(second) is ndarray else None
+
+
+def wrapped(owner: ModuleType, result: Any) -> Any:
+    """Return an array, or a tuple of them, as the caller's kind."""
+    return tuple(map(owner.wrap, result)) if type(result) is tuple else owner.wrap(result)
 
 
 def nll(log_probs: Array, target: Array, options: Any) -> Any:
@@ -114,6 +139,11 @@ def row_call(
     first, given = logits, DEFAULTS | options
     logits, axis, rows = _rows(owner, first, given["axis"], name)
     target = check.view_target(owner, first, name, logits, target)
+    weight, where = (_viewed(owner, first, given[key], key, name) for key in ("weight", "where"))
+    sample_weight = given["sample_weight"]
+    if sample_weight is not None:
+        sample_weight = check.view_factors(owner, first, name, logits, sample_weight, "sample_weight")
+    buffers = viewed_buffers(owner, first, given, name)
     is_index = type(target) is ndarray and target.shape == rows and target.dtype in NATIVE_INTEGERS
     if not is_index:
         target, is_index = check.target_mode(target, name, logits.shape, axis, rows)
@@ -123,15 +153,12 @@ def row_call(
                 f"shape {rows}, integers or floats that are whole numbers"
             )
     n_classes, ignore_index, validate = logits.shape[axis], given["ignore_index"], given["validate"]
-    weight = sample_weight = where = None
-    if given["weight"] is not None:
-        weight = view(owner, first, given["weight"], "weight", name)
+    if weight is not None:
         weight = check.class_weight(owner, weight, n_classes, validate)
-    if given["sample_weight"] is not None:
-        sample_weight = check.view_factors(owner, first, name, logits, given["sample_weight"], "sample_weight")
+    if sample_weight is not None:
         sample_weight = check.row_weight(owner, sample_weight, rows, validate)
-    if given["where"] is not None:
-        where = _mask(owner, first, given["where"], logits, name)
+    if where is not None:
+        where = _mask(where, logits, name)
     if validate:
         if not is_index:
             check.probabilities(owner, target, axis, sample_weight, where)
@@ -151,8 +178,12 @@ def row_call(
         where=where,
         ignore_index=ignore_index,
         validate=validate,
-        **outputs(owner, first, logits, name, given, inputs),
+        **outputs(logits, name, given, buffers, inputs),
     )
+
+
+def _viewed(owner: ModuleType, first: Array, x: Array, name: str, first_name: str) -> Array:
+    return None if x is None else view(owner, first, x, name, first_name)
 
 
 def _rows(
@@ -169,10 +200,9 @@ def _rows(
     return logits, axis, shape[:axis] + shape[axis + 1 :]
 
 
-def _mask(owner: ModuleType, first: Array, where: Array, logits: Array, name: str) -> Array:
+def _mask(where: Array, logits: Array, name: str) -> Array:
     """Return the classes that take part, broadcast to the logits."""
-    where = check.typed(view(owner, first, where, "where", name), "where", "bool")
-    return check.broadcast(where, "where", logits.shape, name)
+    return check.broadcast(check.typed(where, "where", "bool"), "where", logits.shape, name)
 
 
 def _numbers(parameter: float, options: dict[str, Any]) -> Any:
@@ -180,14 +210,21 @@ def _numbers(parameter: float, options: dict[str, Any]) -> Any:
     return Numbers(parameter, **given) if given or parameter else _PLAIN
 
 
+def viewed_buffers(owner: ModuleType, first: Array, given: dict[str, Any], name: str) -> tuple[Array, Array]:
+    """Return the arrays to write derivatives to, or None."""
+    grad_out, hess_out = given["grad_out"], given["hess_out"]
+    if grad_out is hess_out is None:
+        return None, None
+    grad_out = view_buffer(owner, first, grad_out, "grad_out", name)
+    return grad_out, view_buffer(owner, first, hess_out, "hess_out", name)
+
+
 def outputs(
-    owner: ModuleType, first: Array, x: Array, name: str, given: dict[str, Any], inputs: dict[str, Array]
+    x: Array, name: str, given: dict[str, Any], buffers: tuple[Array, Array], inputs: dict[str, Array]
 ) -> dict[str, Any]:
     """Return the fields of a call that say what it returns, in which buffers, and how it is computed."""
-    grad_out, hess_out = given["grad_out"], given["hess_out"]
+    grad_out, hess_out = buffers
     if not (grad_out is hess_out is None):
-        grad_out = view_buffer(owner, first, grad_out, "grad_out", name)
-        hess_out = view_buffer(owner, first, hess_out, "hess_out", name)
         check.asked((grad_out, given["return_grad"], "grad"), (hess_out, given["return_hess"], "hess"))
         check.buffers(x, name, {"grad_out": grad_out, "hess_out": hess_out}, inputs)
     fields = {key: given[key] for key in ("reduction", "return_grad", "return_hess", "n_threads")}
@@ -199,10 +236,11 @@ def map_call(
     owner: ModuleType, op: str, x: Array, axis: Any, options: dict[str, Any], out: Array | None = None
 ) -> Call:
     """Return the checked call of an operation on `x` alone, whose options have been checked as far as alone."""
-    first, where = x, options.get("where")
+    first = x
     x, axis, _ = _rows(owner, first, axis, "x", allows_none=op == "logsumexp")  # the sum of nothing is 0
+    where = _viewed(owner, first, options.get("where"), "where", "x")
     if where is not None:
-        where = _mask(owner, first, where, x, "x")
+        where = _mask(where, x, "x")
     if out is not None:
         out = view_buffer(owner, first, out, "out", "x")
         check.buffers(x, "x", {"out": out}, {"where": where})
@@ -225,7 +263,7 @@ def divergence_call(
         sample_weight = check.view_factors(owner, first, name, student, given["sample_weight"], "sample_weight")
         sample_weight = check.row_weight(owner, sample_weight, rows, validate)
     if given["where"] is not None:
-        where = _mask(owner, first, given["where"], student, name)
+        where = _mask(view(owner, first, given["where"], "where", name), student, name)
     if indices is not None:
         indices = view(owner, first, indices, "teacher_indices", name)
         counting = sample_weight, where
@@ -247,7 +285,7 @@ def divergence_call(
         sample_weight=sample_weight,
         where=where,
         validate=validate,
-        **outputs(owner, first, student, name, given, inputs),
+        **outputs(student, name, given, viewed_buffers(owner, first, given, name), inputs),
     )
 
 

@@ -9,8 +9,9 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from xce import _check as check
-from xce._call import finish, outputs
+from xce._call import finish, outputs, plain_views, viewed_buffers, wrapped
 from xce._check import Array
+from xce._core import plain_element_loss
 from xce._dispatch import namespace, owner_of, placed, view
 from xce._options import DEFAULTS, checked
 
@@ -72,7 +73,13 @@ def element_loss(
 
     A reduction that is not among the options is an own parameter of the loss, and checked.
     """
-    owner, options = owner_of(x, loss.name), checked(loss.function, options)
+    owner = owner_of(x, loss.name)
+    is_bare = axis is factors[0] is factors[1] is None
+    if is_bare and (arrays := plain_views(owner, loss.name, x, target, options)) is not None:
+        result = plain_element_loss(loss, params, *arrays, options, reduction)
+        if result is not None:
+            return wrapped(owner, result)
+    options = checked(loss.function, options)
     if reduction is not None:
         options["reduction"] = reduction
     call = element_call(owner, loss, params, x, target, options, factors, axis)
@@ -113,7 +120,7 @@ def element_call(
             check.values(owner, x, name, *loss.range, weights=removing)
         if loss.target_range is not None and check.dtype_name(target.dtype) != "bool":
             check.values(owner, target, "target", *loss.target_range, weights=removing)
-    returned = outputs(owner, first, x, name, given, {"target": target} | named)
+    returned = outputs(x, name, given, viewed_buffers(owner, first, given, name), {"target": target} | named)
     return ElementCall(
         "element", loss.formula, params, x, target, weight, pos_weight, sample_weight, axis, validate, **returned
     )
