@@ -22,43 +22,11 @@ import numpy
 
 cnp.import_array()
 
+include "cpu/front.pxi"
+
 cdef extern from "cpu/front.h" nogil:
-    enum:
-        PARAMETERS "XCE_PARAMETERS"
-        STEEP_ABOVE "XCE_STEEP_ABOVE"
-    double SMALLEST "XCE_SMALLEST"
-    double LARGEST "XCE_LARGEST"
-    ctypedef struct row_options:
-        double parameter, label_smoothing, temperature, softcap, z_loss
-    ctypedef struct plain_rows:
-        const void *x
-        void *grad
-        void *hess
-        void *value
-        const int64_t *labels
-        const void *weight
-        const void *sample
-        int sample_bytes
-        Py_ssize_t n_rows, n_classes
-        int64_t ignore_index
-        row_options options
-        int phi, n_threads
-        bint is_mean
-        double total, denominator
-    ctypedef struct plain_elements:
-        const void *x
-        const void *y
-        void *value
-        void *grad
-        void *hess
-        Py_ssize_t n
-        const double *params
-        double scale, total
-        int formula, n_threads
     ctypedef int (*run_plain_rows)(plain_rows *) except -1
     ctypedef int (*run_plain_elements)(plain_elements *) except -1
-    const char *XCE_PLAIN_ROWS
-    const char *XCE_PLAIN_ELEMENTS
 
 cdef extern from *:
     """
@@ -98,7 +66,7 @@ cdef Py_ssize_t serial_below = 0     # logits
 
 
 cdef int connect() except -1:
-    """Import what the front stands before."""
+    """Import what the front stands before; `general_rows` last, which tells other threads that all is there."""
     global general_rows, general_elements, unit_interval, dispatch, engine, kernels, load, team, serial_below
     from xce import _call, _check, _elements, _threads
     from xce import _dispatch as dispatch
@@ -112,7 +80,7 @@ cdef int connect() except -1:
 
 cdef inline bint has_kernels() except -1:
     """Whether the kernels of the CPU compute on NumPy's arrays, as they do unless a test has something else do it."""
-    if engine is None:
+    if general_rows is None:
         connect()
     return PyDict_GetItem(dispatch._owners, ndarray) == <PyObject *>engine
 
@@ -261,6 +229,21 @@ cdef inline object like(cnp.ndarray x):
     return PyArray_NewLikeArray(x, cnp.NPY_CORDER, NULL, 0)
 
 
+cdef tuple derivatives(const Options *options, cnp.ndarray x):
+    """The arrays to write gradient and Hessian diagonal to: buffers, new ones, or None."""
+    cdef object grad = None, hess = None
+    if options.wants_grad:
+        grad = <object>options.grad if options.grad != NULL else like(x)
+    if options.wants_hess:
+        hess = <object>options.hess if options.hess != NULL else like(x)
+    return grad, hess
+
+
+cdef inline void *data_of(object a) noexcept:
+    """Where an array lies, or NULL if it is None."""
+    return NULL if a is None else cnp.PyArray_DATA(<cnp.ndarray>a)
+
+
 cdef int threads_of(const Options *options, Py_ssize_t size) except -1:
     return 1 if size < serial_below else team(options.n_threads or None, size)
 
@@ -290,7 +273,7 @@ cpdef object plain_row_loss(str function, double parameter, cnp.ndarray logits, 
     cdef plain_rows rows
     cdef Py_ssize_t count
     cdef PyObject *found
-    cdef object value = None, grad = None, hess = None
+    cdef object value = None, grad, hess
     cdef bint is_double
     if not (
         has_kernels()
@@ -315,16 +298,10 @@ cpdef object plain_row_loss(str function, double parameter, cnp.ndarray logits, 
     if count < 0:
         return None
     rows.is_mean, rows.denominator = options.is_mean, <double>count if options.is_mean else 1
-    rows.value = rows.grad = rows.hess = NULL
     if not options.sums:
         value = cnp.PyArray_EMPTY(1, cnp.PyArray_DIMS(logits), cnp.NPY_DOUBLE if is_double else cnp.NPY_FLOAT, 0)
-        rows.value = cnp.PyArray_DATA(<cnp.ndarray>value)
-    if options.wants_grad:
-        grad = <object>options.grad if options.grad != NULL else like(logits)
-        rows.grad = cnp.PyArray_DATA(<cnp.ndarray>grad)
-    if options.wants_hess:
-        hess = <object>options.hess if options.hess != NULL else like(logits)
-        rows.hess = cnp.PyArray_DATA(<cnp.ndarray>hess)
+    grad, hess = derivatives(&options, logits)
+    rows.value, rows.grad, rows.hess = data_of(value), data_of(grad), data_of(hess)
     rows.phi, rows.options, rows.ignore_index = module.PHI[function], options.numbers, options.ignore_index
     rows.options.parameter = parameter
     rows.n_threads = threads_of(&options, cnp.PyArray_SIZE(logits))
@@ -407,7 +384,7 @@ cpdef object plain_element_loss(loss, tuple params, cnp.ndarray x, cnp.ndarray t
     cdef Options options
     cdef plain_elements elements
     cdef PyObject *found
-    cdef object value = None, grad = None, hess = None
+    cdef object value = None, grad, hess
     cdef bint is_double
     cdef double numbers[PARAMETERS]
     cdef double denominator
@@ -436,16 +413,10 @@ cpdef object plain_element_loss(loss, tuple params, cnp.ndarray x, cnp.ndarray t
     if not are_between_0_and_1(elements.y, elements.n, is_double):
         return None
     denominator = <double>elements.n if options.is_mean else 1
-    elements.value = elements.grad = elements.hess = NULL
     if not options.sums:
         value = like(x)
-        elements.value = cnp.PyArray_DATA(<cnp.ndarray>value)
-    if options.wants_grad:
-        grad = <object>options.grad if options.grad != NULL else like(x)
-        elements.grad = cnp.PyArray_DATA(<cnp.ndarray>grad)
-    if options.wants_hess:
-        hess = <object>options.hess if options.hess != NULL else like(x)
-        elements.hess = cnp.PyArray_DATA(<cnp.ndarray>hess)
+    grad, hess = derivatives(&options, x)
+    elements.value, elements.grad, elements.hess = data_of(value), data_of(grad), data_of(hess)
     elements.formula, elements.params, elements.scale = module.ELEMENT_FORMULAS[loss.formula], numbers, 1 / denominator
     elements.n_threads = threads_of(&options, elements.n)
     (<run_plain_elements>PyCapsule_GetPointer(module.PLAIN_ELEMENTS, XCE_PLAIN_ELEMENTS))(&elements)

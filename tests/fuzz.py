@@ -562,8 +562,7 @@ def softmax_loss(g: Chooser, name: str) -> Call:
         parameter = g.one_of(-1.0, -0.5, -3.0)
     options: dict[str, Any] = {key: parameter} if key else {}
     reduction = common_options(g, options)
-    if axis != len(shape) - 1 or g.chance(0.3):
-        options["axis"] = axis - g.one_of(0, len(shape))
+    options |= axis_option(g, axis, shape)
 
     is_soft = name != "nll_loss" and g.chance(0.35) and (name == "cross_entropy" or g.has("soft_phi"))
     ignore_index, smoothing, temperature, softcap, z_loss = -100, 0.0, 1.0, None, 0.0
@@ -789,8 +788,8 @@ def element_loss(g: Chooser, name: str) -> Call:
         y = y.astype(work_type(dtype)).astype(y.dtype)
     has_classes = name == "multilabel_soft_margin_loss"
     rows = shape[:axis] + shape[axis + 1 :] if has_classes else shape
-    if has_classes and (axis != len(shape) - 1 or g.chance(0.3)):
-        options["axis"] = axis - g.one_of(0, len(shape))
+    if has_classes:
+        options |= axis_option(g, axis, shape)
 
     factors: dict[str, Any] = {}
     if name in ("binary_cross_entropy", "binary_cross_entropy_with_logits") and g.chance(0.25):
@@ -944,8 +943,7 @@ def distillation(g: Chooser, name: str) -> Call:
     n_rows, n_classes = x.shape
     options: dict[str, Any] = {}
     reduction = common_options(g, options)
-    if axis != len(shape) - 1 or g.chance(0.3):
-        options["axis"] = axis - g.one_of(0, len(shape))
+    options |= axis_option(g, axis, shape)
     divergence = g.one_of("forward", "reverse", "js")
     if divergence != "forward" or g.chance(0.3):
         options["divergence"] = divergence
@@ -1051,8 +1049,7 @@ def transform(g: Chooser, name: str) -> Call:
     library = library_of(g, dtype)
     x, _, shape, axis, _ = random_rows(g, dtype, library)
     options: dict[str, Any] = {}
-    if axis != len(shape) - 1 or g.chance(0.3):
-        options["axis"] = axis - g.one_of(0, len(shape))
+    options |= axis_option(g, axis, shape)
     temperature = 1.0
     if name != "logsumexp" and g.chance(0.4, "temperature"):
         options["temperature"] = temperature = g.one_of(2.0, 0.7, 3.0, 0.01, 1e3, 1e-30, 1e30)
@@ -1098,6 +1095,11 @@ def transform(g: Chooser, name: str) -> Call:
     return call
 
 
+def axis_option(g: Chooser, axis: int, shape: tuple[int, ...]) -> dict[str, Any]:
+    """The axis, counted from either end, or sometimes nothing where it is the last."""
+    return {"axis": axis - g.one_of(0, len(shape))} if axis != len(shape) - 1 or g.chance(0.3) else {}
+
+
 def lse_of(a: Array, z: oracle.Softmax, tiny: float) -> Bound:
     """Log-sum-exp of rows, infinities included."""
     top = np.where(np.isnan(a), -np.inf, a).max(-1)
@@ -1112,8 +1114,7 @@ def statistics(g: Chooser, name: str) -> Call:
     x, labels, shape, axis, rows = random_rows(g, dtype, library)
     n_rows, n_classes = x.shape
     options: dict[str, Any] = {}
-    if axis != len(shape) - 1 or g.chance(0.3):
-        options["axis"] = axis - g.one_of(0, len(shape))
+    options |= axis_option(g, axis, shape)
     ignore_index = -100
     if g.chance(0.4):
         options["ignore_index"] = ignore_index = int(g.one_of(*IGNORE, 0, n_classes - 1))
@@ -1260,8 +1261,7 @@ def classification(g: Chooser, name: str) -> Call:
     x, labels, shape, axis, rows = random_rows(g, dtype, library)
     n_rows, n_classes = x.shape
     options: dict[str, Any] = {}
-    if axis != len(shape) - 1 or g.chance(0.3):
-        options["axis"] = axis - g.one_of(0, len(shape))
+    options |= axis_option(g, axis, shape)
     ignore_index = -100
     if g.chance(0.4):
         options["ignore_index"] = ignore_index = int(g.one_of(-1, -100, 0, n_classes - 1))

@@ -140,9 +140,7 @@ def row_call(
     logits, axis, rows = _rows(owner, first, given["axis"], name)
     target = check.view_target(owner, first, name, logits, target)
     weight, where = (_viewed(owner, first, given[key], key, name) for key in ("weight", "where"))
-    sample_weight = given["sample_weight"]
-    if sample_weight is not None:
-        sample_weight = check.view_factors(owner, first, name, logits, sample_weight, "sample_weight")
+    sample_weight = check.view_factors(owner, first, name, logits, given["sample_weight"], "sample_weight")
     buffers = viewed_buffers(owner, first, given, name)
     is_index = type(target) is ndarray and target.shape == rows and target.dtype in NATIVE_INTEGERS
     if not is_index:
@@ -312,19 +310,14 @@ def linear_call(
     options: dict[str, Any],
 ) -> LinearCall:
     """Return the checked call of the loss of a linear layer."""
-
-    def own(x: Array, name: str) -> Array:
-        return None if x is None else view(owner, inputs, x, name, first_name="inputs")
-
     x = owner.view(inputs, "inputs")
     linear_weight = view(owner, inputs, linear_weight, "linear_weight", first_name="inputs")
-    x, linear_weight, linear_bias = check.linear_layer(x, linear_weight, own(linear_bias, "linear_bias"))
+    linear_bias = _viewed(owner, inputs, linear_bias, "linear_bias", "inputs")
+    x, linear_weight, linear_bias = check.linear_layer(x, linear_weight, linear_bias)
     target = check.view_target(owner, inputs, "inputs", x, target)
-    arrays = {key: own(options.get(key), key) for key in ("weight", "where")}
-    if options.get("sample_weight") is not None:
-        arrays["sample_weight"] = check.view_factors(
-            owner, inputs, "inputs", x, options["sample_weight"], "sample_weight"
-        )
+    arrays = {key: _viewed(owner, inputs, options.get(key), key, "inputs") for key in ("weight", "where")}
+    sample_weight = options.get("sample_weight")
+    arrays["sample_weight"] = check.view_factors(owner, inputs, "inputs", x, sample_weight, "sample_weight")
     xp = namespace(x)
     stand_in = xp.zeros((), dtype=check.native(x.dtype), device=device_of(x))
     logits = xp.broadcast_to(stand_in, (*x.shape[:-1], linear_weight.shape[0]))

@@ -153,7 +153,9 @@ def class_weight(owner: ModuleType, weight: Array, n_classes: int, validate: boo
 
 
 def view_factors(owner: ModuleType, first: Array, first_name: str, like: Array, x: Any, name: str) -> Array:
-    """Return factors as `owner` computes on them; they may be one number for all."""
+    """Return factors as `owner` computes on them; they may be one number for all, or None."""
+    if x is None:
+        return None
     if type(x) is type(first) or not isinstance(x, Real | np.bool_):
         return view(owner, first, x, name, first_name)
     xp = namespace(like)
@@ -595,7 +597,7 @@ def thread_count(name: str, value: Any) -> int | None:
 
 def count(name: str, value: Any) -> int:
     """Return an option that counts something."""
-    return _integer(name, value, range(1, sys.maxsize + 1), "an integer of at least 1")
+    return whole(name, value, 1)
 
 
 def whole(name: str, value: Any, low: int, *, or_none: bool = False) -> int:

@@ -5,10 +5,6 @@ already are, in place), and computed on by the loops of elements.h. Blocks, and 
 shape alone.
 """
 
-cdef extern from "cpu/front.h" nogil:
-    enum:
-        PARAMETERS "XCE_PARAMETERS"
-
 cdef extern from "cpu/elements.h" nogil:
     enum:
         ELEMENTS "XCE_ELEMENTS"

@@ -86,8 +86,6 @@ cdef extern from *:
         OPERANDS, ENTRY_OPERANDS, OPTIONS
     const char *const *XCE_OPERAND_NAMES
     const char *const *XCE_OPTION_NAMES
-    ctypedef struct row_options:
-        double parameter, label_smoothing, temperature, softcap, z_loss
 
 cdef struct Operand:
     char *data

@@ -185,6 +185,7 @@ cdef extern from "cpu/numbers.h" nogil:
     Py_ssize_t size_of_kind(int kind)
     bint read_label(const char *p, int kind, int64_t *label)
 
+include "front.pxi"
 include "job.pxi"
 include "entries.pxi"
 include "rows.pxi"
@@ -575,38 +576,6 @@ NUMBERS = tuple([(<bytes>XCE_OPTION_NAMES[_i]).decode() for _i in range(OPTIONS)
 cdef tuple OPERAND_NAMES = tuple([(<bytes>XCE_OPERAND_NAMES[_i]).decode() for _i in range(OPERANDS)])
 
 
-cdef extern from "cpu/front.h" nogil:
-    ctypedef struct plain_rows:
-        const void *x
-        void *grad
-        void *hess
-        void *value
-        const int64_t *labels
-        const void *weight
-        const void *sample
-        int sample_bytes
-        Py_ssize_t n_rows, n_classes
-        int64_t ignore_index
-        row_options options
-        int phi, n_threads
-        bint is_mean
-        double total, denominator
-    ctypedef struct plain_elements:
-        const void *x
-        const void *y
-        void *value
-        void *grad
-        void *hess
-        Py_ssize_t n
-        const double *params
-        double scale, total
-        int formula, n_threads
-    const char *XCE_PLAIN_ROWS
-    const char *XCE_PLAIN_ELEMENTS
-    double XCE_SMALLEST
-    double XCE_LARGEST
-
-
 def run(int what, int phi, numbers, long long ignore_index, dict operands, int axis, double scale, int n_threads):
     """Compute what is asked for into the arrays that are not None; the sum of the losses.
 
@@ -650,10 +619,9 @@ cdef int run_plain_rows(plain_rows *given) except -1:
     cdef bytes memory = PyBytes_FromStringAndSize(NULL, sizeof(Order))
     cdef Order *order = <Order *>PyBytes_AS_STRING(memory)
     cdef Job *job = &order.job
-    cdef bint any_term = False
     if given.is_mean and (given.weight != NULL or given.sample != NULL):
-        given.denominator = sum_of_plain_shares(given, &any_term)
-        if given.denominator == 0 or not XCE_SMALLEST < abs(given.denominator) < XCE_LARGEST:
+        given.denominator = sum_of_plain_shares(given)
+        if given.denominator == 0 or not SMALLEST < abs(given.denominator) < LARGEST:
             return 0
     memset(job, 0, sizeof(Job))
     job.options = given.options
@@ -676,8 +644,9 @@ cdef void place_plain(Job *job, int k, char *data) noexcept:
     job.at[k].data, job.at[k].classes, job.at[k].rows = data, sizeof(storage), job.n_classes * sizeof(storage)
 
 
-cdef double sum_of_plain_shares(const plain_rows *given, bint *any_term) except? -1.0:
+cdef double sum_of_plain_shares(const plain_rows *given) except? -1.0:
     cdef Shares shares
+    cdef bint any_term = False
     cdef xce_watch watch
     cdef double total
     xce_watch_begin(&watch)
@@ -687,7 +656,7 @@ cdef double sum_of_plain_shares(const plain_rows *given, bint *any_term) except?
     walk_plain(&shares.samples, <char *>given.sample, given.sample_bytes, 16 + given.sample_bytes, given.n_rows)
     walk_plain(&shares.masks, NULL, 0, 0, 0)
     with nogil:
-        total = sum_of_shares(&shares, 0, given.n_rows, any_term)
+        total = sum_of_shares(&shares, 0, given.n_rows, &any_term)
     xce_watch_end(&watch)
     return total
 
