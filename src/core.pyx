@@ -50,6 +50,8 @@ cdef extern from "numpy/arrayobject.h":
 cdef enum:
     SCANNED = 16777216
 
+LIMITS_OF_FLOAT32 = FLOAT32_ABOVE, FLOAT32_BELOW, STEEP_ABOVE  # as options.h has them
+
 cdef type ndarray = numpy.ndarray
 cdef object float64 = numpy.dtype("float64")
 cdef double NAN = float("nan")
@@ -104,12 +106,12 @@ cdef inline bint is_number(object value, double low, double *number) noexcept:
     if type(value) is not float:
         return False
     number[0] = PyFloat_AS_DOUBLE(value)
-    return low <= number[0] < LARGEST and (number[0] > SMALLEST or number[0] == 0)
+    return low <= number[0] < FLOAT32_BELOW and (number[0] > FLOAT32_ABOVE or number[0] == 0)
 
 
 cdef inline bint is_plain_parameter(double a) noexcept:
     """Whether a loss's own parameter is one that float32 computes with."""
-    return a == 0 or SMALLEST < fabs(a) and -LARGEST < a <= STEEP_ABOVE
+    return a == 0 or FLOAT32_ABOVE < fabs(a) and -FLOAT32_BELOW < a <= STEEP_ABOVE
 
 
 cdef inline bint is_plain_reduction(object value, Options *options) noexcept:
@@ -155,10 +157,10 @@ cdef bint are_plain(dict given, Options *options) except -1:
                 if not is_number(x, 0, &options.numbers.label_smoothing) or options.numbers.label_smoothing > 1:
                     return False
             elif name is "temperature":
-                if not is_number(x, SMALLEST, &options.numbers.temperature):
+                if not is_number(x, FLOAT32_ABOVE, &options.numbers.temperature):
                     return False
             elif name is "softcap":
-                if x is not None and not is_number(x, SMALLEST, &options.numbers.softcap):
+                if x is not None and not is_number(x, FLOAT32_ABOVE, &options.numbers.softcap):
                     return False
             elif name is "z_loss":
                 if not is_number(x, 0, &options.numbers.z_loss):
@@ -342,7 +344,7 @@ cdef bint are_plain_weights(const Options *options, plain_rows *rows, cnp.ndarra
         if not is_vector(a, rows.n_rows) or cnp.PyArray_ITEMSIZE(a) < 4:
             return False
         rows.sample, rows.sample_bytes = cnp.PyArray_DATA(a), <int>cnp.PyArray_ITEMSIZE(a)
-        if not are_within(rows.sample, rows.n_rows, rows.sample_bytes == 8, -LARGEST, True):
+        if not are_within(rows.sample, rows.n_rows, rows.sample_bytes == 8, -FLOAT32_BELOW, True):
             return False
     return True
 
@@ -361,7 +363,7 @@ cdef bint are_within(const void *numbers, Py_ssize_t n, bint is_double, double l
     cdef double a
     for i in range(n):
         a = (<const double *>numbers)[i] if is_double else (<const float *>numbers)[i]
-        if not (low <= a < LARGEST and (SMALLEST < fabs(a) or a == 0 and not not_0)):
+        if not (low <= a < FLOAT32_BELOW and (FLOAT32_ABOVE < fabs(a) or a == 0 and not not_0)):
             return False
     return True
 

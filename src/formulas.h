@@ -1015,17 +1015,23 @@ XCE_FN real over_temperature(logit_transform t, real a) /* whose reciprocal may 
 /* Derivatives with respect to the raw logit, of a loss whose derivatives by the transformed one are g and h; h may be NULL */
 XCE_PART void transform_derivatives(logit_transform t, real x, real *g, real *h)
 {
+    real first = *g, second = h ? *h : first;
     if (t.softcap.high != 0) {
         real_pair y = divided_by(r_pair(x, r_set(0)), t.softcap);
-        real d1 = r_sech2(y);
-        if (h)
-            *h = over_temperature(t, *h * d1 * d1) + *g * (r_set(-2) * r_tanh(y.high) * d1 / r_set(t.softcap.high));
-        *g = *g * d1;
-    } else if (h)
-        *h = over_temperature(t, *h);
+        real sech = r_sech(y), d1 = sech * sech, bend = r_set(-2) * r_tanh(y.high);
+        real slope = over_temperature(t, sech) * sech; /* a temperature may lift a subnormal sech^2 back into the type */
+        rmask is_subnormal = r_gt(r_set(XCE_SMALLEST), d1);
+        if (h) {
+            real usual = over_temperature(t, second * d1 * d1) + first * (bend * d1 / r_set(t.softcap.high));
+            real small = second * slope * slope + first * (bend * slope / r_set(t.softcap.high));
+            *h = r_select(is_subnormal, small, over_temperature(t, usual));
+        }
+        *g = r_select(is_subnormal, first * slope, over_temperature(t, first * d1));
+        return;
+    }
     if (h)
-        *h = over_temperature(t, *h);
-    *g = over_temperature(t, *g);
+        *h = over_temperature(t, over_temperature(t, second));
+    *g = over_temperature(t, first);
 }
 
 #endif

@@ -10,7 +10,10 @@
 typedef struct { XCE_ROW_OPTIONS(XCE_FIELD) } row_options;
 #undef XCE_FIELD
 
-#define XCE_STEEP_ABOVE 10 /* a gamma that float32 has not the digits for */
+/* What float32 computes with: numbers far from its ends, and gammas that it has the digits for */
+#define XCE_FLOAT32_ABOVE 1e-30
+#define XCE_FLOAT32_BELOW 1e30
+#define XCE_STEEP_ABOVE 10
 
 /* The arrays. q: probabilities, or a teacher's logits; indices: the classes that these are of. The first five have the class
  * axis and are as long as there. */

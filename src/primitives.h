@@ -402,15 +402,13 @@ XCE_FN real r_pow(real x, real g)
     return r_select(r_is_nan(x), x, y);
 }
 
-/* 1 / cosh(x)^2 without the cancellation of 1 - tanh(x)^2; x in two parts, as exp(-x) errs by an eps of x otherwise. The square
- * comes last: exp(-2 x) would underflow first. */
-XCE_FN real r_sech2(real_pair x)
+/* 1 / cosh(x), whose square is 1 - tanh(x)^2 without the cancellation; x in two parts, as exp(-x) errs by an eps of x otherwise */
+XCE_FN real r_sech(real_pair x)
 {
     real e = r_exp(-r_abs(x.high));
     real low = r_select(r_gt(x.high, r_set(0)), x.low, -x.low);
     e = r_fma(r_select(r_gt(e, r_set(0)), -low, r_set(0)), e, e);
-    real sech = (e + e) / r_fma(e, e, r_set(1));
-    return sech * sech;
+    return (e + e) / r_fma(e, e, r_set(1));
 }
 
 XCE_FN real r_tanh(real x)

@@ -176,10 +176,10 @@ typedef struct {
     double high, low;
 } row_sum;
 
-XCE_CALLED void add_to_row(row_sum *sum, const scalar *a, const scalar *factors, int n)
+XCE_CALLED void add_to_row(row_sum *sum, const scalar *a, const scalar *factors, int from, int to)
 {
     double high = sum->high, low = sum->low;
-    for (int i = 0; i < n; i++) {
+    for (int i = from; i < to; i++) {
         double term = product_of(a, factors, i);
         if (sizeof(scalar) == sizeof(double))
             add_keeping(&high, &low, term);

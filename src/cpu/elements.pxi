@@ -41,7 +41,7 @@ cdef extern from "cpu/elements.h" nogil:
     ctypedef struct row_sum:
         double high
         double low
-    void add_to_row(row_sum *sum, const scalar *a, const scalar *factors, int n)
+    void add_to_row(row_sum *sum, const scalar *a, const scalar *factors, int start, int stop)
     double total_of_row(const row_sum *sum)
     void add_keeping(double *high, double *low, double term)
     double sum_of_elements(const scalar *a, const scalar *factors, int n)
@@ -239,7 +239,7 @@ cdef double element_unit(const Elements *job, Py_ssize_t index, ElementDesk *des
             i = 0
             while i < n:
                 some = <int>min(<Py_ssize_t>(n - i), job.row - row)
-                add_to_row(&in_row, block.value + i, NULL if block.factor == NULL else block.factor + i, some)
+                add_to_row(&in_row, block.value, block.factor, i, i + some)
                 i, row = i + some, row + some
                 if row == job.row:
                     mean = <scalar>(total_of_row(&in_row) * job.row_scale)

@@ -6,10 +6,6 @@
 #include <stdint.h>
 #include "options.h"
 
-/* What float32 computes with, far from its ends. */
-#define XCE_SMALLEST 1e-30
-#define XCE_LARGEST 1e30
-
 enum { XCE_PARAMETERS = 5 }; /* of a formula of single elements */
 
 typedef struct {

@@ -4,8 +4,8 @@ cdef extern from "cpu/front.h" nogil:
     enum:
         PARAMETERS "XCE_PARAMETERS"
         STEEP_ABOVE "XCE_STEEP_ABOVE"
-    double SMALLEST "XCE_SMALLEST"
-    double LARGEST "XCE_LARGEST"
+    double FLOAT32_ABOVE "XCE_FLOAT32_ABOVE"
+    double FLOAT32_BELOW "XCE_FLOAT32_BELOW"
     ctypedef struct row_options:
         double parameter, label_smoothing, temperature, softcap, z_loss
     ctypedef struct plain_rows:

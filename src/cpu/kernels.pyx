@@ -621,7 +621,7 @@ cdef int run_plain_rows(plain_rows *given) except -1:
     cdef Job *job = &order.job
     if given.is_mean and (given.weight != NULL or given.sample != NULL):
         given.denominator = sum_of_plain_shares(given)
-        if given.denominator == 0 or not SMALLEST < abs(given.denominator) < LARGEST:
+        if given.denominator == 0 or not FLOAT32_ABOVE < abs(given.denominator) < FLOAT32_BELOW:
             return 0
     memset(job, 0, sizeof(Job))
     job.options = given.options

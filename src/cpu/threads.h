@@ -30,6 +30,8 @@ static inline int xce_startable(int n_threads)
 {
     enum { MOST = 1024 };
     pthread_t others[MOST];
+    pthread_attr_t attributes;
+    size_t stack;
     pthread_mutex_t all_started = PTHREAD_MUTEX_INITIALIZER;
     int n = 0, wanted = n_threads - 1 < MOST ? n_threads - 1 : MOST;
     if (xce_forks_then != xce_forks) {
@@ -38,10 +40,15 @@ static inline int xce_startable(int n_threads)
     }
     if (n_threads <= xce_greatest_team)
         return n_threads;
+    pthread_attr_init(&attributes);
+    /* Clang's OpenMP asks for 128 bytes more for each thread: the system keeps these stacks, and must find them large enough. */
+    if (pthread_attr_getstacksize(&attributes, &stack) == 0)
+        pthread_attr_setstacksize(&attributes, stack + 128 * MOST);
     pthread_mutex_lock(&all_started);
-    while (n < wanted && pthread_create(&others[n], NULL, xce_wait_for_others, &all_started) == 0)
+    while (n < wanted && pthread_create(&others[n], &attributes, xce_wait_for_others, &all_started) == 0)
         n++;
     pthread_mutex_unlock(&all_started);
+    pthread_attr_destroy(&attributes);
     for (int i = 0; i < n; i++)
         pthread_join(others[i], NULL);
     return xce_greatest_team = n + 1;

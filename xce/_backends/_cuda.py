@@ -20,8 +20,8 @@ import xce
 from xce._backends._numbers import (
     FLOAT32,
     FLOAT64,
-    LARGEST,
-    SMALLEST,
+    FLOAT32_BELOW,
+    FLOAT32_ABOVE,
     common_dtype,
     distinct,
     has_options_beyond,
@@ -290,7 +290,7 @@ def is_beyond_float32(call: Any, device: Device) -> bool:
 
 def _has_beyond(call: Any, device: Device, *weights: Any) -> bool:
     return call.validate and any(
-        _scan(device, _IS_BEYOND, distinct(w), low=SMALLEST, high=LARGEST) >= 0
+        _scan(device, _IS_BEYOND, distinct(w), low=FLOAT32_ABOVE, high=FLOAT32_BELOW) >= 0
         for w in weights
         if w is not None and w.dtype == FLOAT64
     )

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from xce._backends._scan import BFLOAT16
+from xce._core import LIMITS_OF_FLOAT32
 from xce._options import Numbers
 
 FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
@@ -22,7 +23,7 @@ BFLOAT16_KIND = 19
 _OF_ML_DTYPES = {"bfloat16": BFLOAT16_KIND, "int4": 21, "uint4": 22}  # the latter in a byte of their own
 SWAPPED = 128  # is added for numbers whose bytes lie the other way round
 
-SMALLEST, LARGEST = 1e-30, 1e30  # what float32 computes with, far from its ends
+FLOAT32_ABOVE, FLOAT32_BELOW, _STEEP_ABOVE = LIMITS_OF_FLOAT32
 _PLAIN = Numbers()[1:]  # the options that are numbers, if nothing is asked for
 
 
@@ -35,7 +36,7 @@ def common_dtype(a: Any, b: Any) -> np.dtype[Any]:
 
 def is_beyond(x: float) -> bool:
     """Whether float32 cannot hold a number, or its reciprocal, to full precision."""
-    return 0 < abs(x) < np.inf and not SMALLEST < abs(x) < LARGEST
+    return 0 < abs(x) < np.inf and not FLOAT32_ABOVE < abs(x) < FLOAT32_BELOW
 
 
 def number_kind(dtype: np.dtype[Any]) -> int:
@@ -51,12 +52,12 @@ def number_kind(dtype: np.dtype[Any]) -> int:
 
 
 def is_steep(call: Any) -> bool:
-    """Whether a power of 1 - p multiplies its error by more than float32 takes (XCE_STEEP_ABOVE of options.h)."""
+    """Whether a power of 1 - p multiplies its error by more than float32 takes."""
     if call.op == "element":
         gammas = call.params[: {"sigmoid_focal_loss": 1, "asymmetric_loss": 2}.get(call.formula, 0)]
     else:
         gammas = (call.numbers.parameter,) if call.loss == "focal_loss" else ()
-    return any(gamma > 10 for gamma in gammas)
+    return any(gamma > _STEEP_ABOVE for gamma in gammas)
 
 
 def is_plain(call: Any) -> bool:

@@ -13,8 +13,8 @@ from xce._backends import _scan
 from xce._backends._numbers import (
     FLOAT32,
     FLOAT64,
-    LARGEST,
-    SMALLEST,
+    FLOAT32_BELOW,
+    FLOAT32_ABOVE,
     distinct,
     has_options_beyond,
     is_beyond,
@@ -156,7 +156,7 @@ def _loss(call: Call, kernels: ModuleType, scalar: np.dtype[Any]) -> Any:
     denominator, value = 1.0, None
     if call.reduction == "mean":
         denominator = _denominator(kernels, call, weight)
-        if not SMALLEST < denominator < LARGEST and is_beyond(denominator) and dtype is not FLOAT64:
+        if not FLOAT32_ABOVE < denominator < FLOAT32_BELOW and is_beyond(denominator) and dtype is not FLOAT64:
             kernels, dtype = _load(FLOAT64)
             weight = _class_weight(call, dtype)
             denominator = _denominator(kernels, call, weight)
@@ -188,7 +188,7 @@ def _loss(call: Call, kernels: ModuleType, scalar: np.dtype[Any]) -> Any:
 
 def _scalar(total: float, scalar: np.dtype[Any]) -> Any:
     """A reduced loss in its type, infinite if that does not hold it."""
-    if abs(total) <= LARGEST:
+    if abs(total) <= FLOAT32_BELOW:
         return scalar.type(total)
     with np.errstate(over="ignore"):
         return np.float64(total).astype(scalar)
@@ -215,7 +215,7 @@ def _is_beyond_float32(call: Call) -> bool:
 
 
 def _has_beyond(
-    *weights: Any, types: tuple[str, ...] = ("float64",), low: float = SMALLEST, high: float = LARGEST
+    *weights: Any, types: tuple[str, ...] = ("float64",), low: float = FLOAT32_ABOVE, high: float = FLOAT32_BELOW
 ) -> bool:
     """Whether weights of some types have sizes, 0 and infinity apart, that are not within low..high."""
     return any(
@@ -348,7 +348,7 @@ def _needs_float64(call: ElementCall, denominator: float) -> bool:
         return True
     factors = [w for w in (call.weight, call.sample_weight) if w is not None]
     if len(factors) == 2:
-        types, low, high = ("bfloat16", "float32", "float64"), math.sqrt(SMALLEST), math.sqrt(LARGEST)
+        types, low, high = ("bfloat16", "float32", "float64"), math.sqrt(FLOAT32_ABOVE), math.sqrt(FLOAT32_BELOW)
         return _has_beyond(*factors, types=types, low=low, high=high)
     return _has_beyond(*factors)
 
