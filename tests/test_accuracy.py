@@ -681,6 +681,29 @@ def test_quotients_beyond_the_type(dtype: str, level: str) -> None:
         np.testing.assert_allclose(value, np.logaddexp(0, 2 * softcap), rtol=1e-6)
 
 
+@pytest.mark.parametrize("computed", ["kernels", "reference"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_subnormal_slope_of_softcap_is_lifted_by_a_small_temperature(dtype: str, computed: str) -> None:
+    """sech^2 has few bits left there, and the derivative over the temperature all of them."""
+    least = -np.log(np.finfo(dtype).tiny) / 2
+    x = np.array([[-a, a + 0.3, 0.1] for a in least + np.array([0.5, 2.0, 5.0])], dtype)
+    temperature = {"float32": 1e-10, "float64": 1e-100}[dtype]
+    y, options = np.array([0, 0, 0]), {"softcap": 1.0, "temperature": temperature, "reduction": "none"}
+    if computed == "kernels":
+        _, grad, hess = xce.cross_entropy(x, y, return_grad=True, return_hess=True, **options)
+    else:
+        _, grad, hess = oracle(xce.cross_entropy, x, y, return_grad=True, return_hess=True, **options)
+    with mpmath.workdps(PRECISION):
+        for k, row in enumerate(x):
+            z = transformed_by_mpmath(row, temperature, 1.0)
+            p = [mpmath.exp(a) for a in log_softmax_by_mpmath(z.logits)]
+            g = [b - (c == y[k]) for c, b in enumerate(p)]
+            exact = [a * d for a, d in zip(g, z.d1, strict=True)]
+            bends = [b * (1 - b) * d * d + a * d2 for a, b, d, d2 in zip(g, p, z.d1, z.d2, strict=True)]
+            assert ulps(grad[k], objects(exact)) < 8
+            assert ulps(hess[k], objects(bends)) < 16
+
+
 # Divergences
 
 

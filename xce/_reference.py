@@ -279,11 +279,11 @@ def _transform(xp: Any, call: Call, x: Array) -> tuple[Array, Array, Array]:
     if not call.numbers.softcap:
         return x / call.numbers.temperature, xp.ones_like(x) / call.numbers.temperature, xp.zeros_like(x)
     z = x / call.numbers.softcap
-    decay = xp.exp(-2 * xp.abs(z))
-    sech2 = 4 * decay / (1 + decay) ** 2  # 1 - tanh(z)^2 without its cancellation
+    decay = xp.exp(-xp.abs(z))
+    sech = 2 * decay / (1 + decay**2)  # its square is 1 - tanh(z)^2 without the cancellation
     value = xp.where(x == -math.inf, x, call.numbers.softcap * xp.tanh(z))  # -inf is padding and stays -inf
     value = xp.where(x == math.inf, x, value)
-    slope = sech2 / call.numbers.temperature
+    slope = sech / call.numbers.temperature * sech  # sech^2 alone may be subnormal
     return value / call.numbers.temperature, slope, -2 * xp.tanh(z) / call.numbers.softcap
 
 
