@@ -1,5 +1,7 @@
 from typing import Any
 
+LIMITS_OF_FLOAT32: tuple[float, float, float]
+
 def row_loss(function: str, parameter: float, logits: Any, target: Any, given: Any) -> Any: ...
 def element_loss(
     loss: Any,

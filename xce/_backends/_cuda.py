@@ -19,9 +19,9 @@ import numpy as np
 import xce
 from xce._backends._numbers import (
     FLOAT32,
-    FLOAT64,
-    FLOAT32_BELOW,
     FLOAT32_ABOVE,
+    FLOAT32_BELOW,
+    FLOAT64,
     common_dtype,
     distinct,
     has_options_beyond,

@@ -12,9 +12,9 @@ from xce import _cpu, _threads
 from xce._backends import _scan
 from xce._backends._numbers import (
     FLOAT32,
-    FLOAT64,
-    FLOAT32_BELOW,
     FLOAT32_ABOVE,
+    FLOAT32_BELOW,
+    FLOAT64,
     distinct,
     has_options_beyond,
     is_beyond,
