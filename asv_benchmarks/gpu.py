@@ -237,7 +237,7 @@ def layer_disagreement(xp: Any, answer: tuple[Any, Any], exact: tuple[float, Any
 
 def regimes(machine: Machine, tasks: Iterable[Task], seconds: float) -> Iterator[tuple[str, list[list[str]]]]:
     """Tables of what other numbers of threads, and of blocks, would take for a row: to tune `_cuda._REGIMES`."""
-    from xce._backends import _cuda
+    from xce._engines import cuda as _cuda
 
     for task in tasks:
         sets = inputs_of(task, machine)

@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks.common import numpy_dtype
 
 import xce
-from xce._backends import _cuda
+from xce._engines import cuda as _cuda
 
 SECONDS = 120  # a kernel that does not return
 DTYPES = ("float32", "bfloat16", "float16", "float64")

@@ -4,7 +4,7 @@
 
 Plain are arrays of NumPy without gaps (rows of logits with a label of int64 for each, and weights of floats; or single
 elements with targets of their own type), and options of the usual kinds. They are checked here, and labels are counted
-in the same reading. Anything else goes to `_call` and `_elements`, which take more and explain what is wrong. This file
+in the same reading. Anything else goes to `_rows` and `_elements`, which take more and explain what is wrong. This file
 is compiled once, for no instruction set.
 """
 
@@ -56,11 +56,11 @@ cdef type ndarray = numpy.ndarray
 cdef object float64 = numpy.dtype("float64")
 cdef double NAN = float("nan")
 
-cdef object general_rows = None      # `_call.row_loss`, for all that is not plain
+cdef object general_rows = None      # `_rows.row_loss`, for all that is not plain
 cdef object general_elements = None  # `_elements.element_loss`, likewise
 cdef object unit_interval = None     # the range of targets that is checked here
-cdef object dispatch = None          # `_dispatch`, which knows the owner of arrays,
-cdef object engine = None            # and the one that the front stands before: `_backends.numpy`
+cdef object library = None           # `_libraries.numpy`, which knows what computes on its arrays,
+cdef object engine_of = None         # by this function
 cdef dict kernels = None             # (module, scalar type) by the dtype of logits, as far as they were loaded
 cdef object load = None              # a dtype's
 cdef object team = None              # `_threads.team`
@@ -69,14 +69,14 @@ cdef Py_ssize_t serial_below = 0     # logits
 
 cdef int connect() except -1:
     """Import what the front stands before; `general_rows` last, which tells other threads that all is there."""
-    global general_rows, general_elements, unit_interval, dispatch, engine, kernels, load, team, serial_below
-    from xce import _call, _check, _elements, _threads
-    from xce import _dispatch as dispatch
-    from xce._backends import numpy as engine
-    kernels, load = engine._KERNELS, engine._load
+    global general_rows, general_elements, unit_interval, library, engine_of, kernels, load, team, serial_below
+    from xce import _checks, _elements, _rows, _threads
+    from xce._engines import cpu
+    from xce._libraries import numpy as library
+    kernels, load, engine_of = cpu._KERNELS, cpu._load, library.OF_CPU
     team, serial_below = _threads.team, _threads.SERIAL_BELOW
-    general_elements, unit_interval = _elements.element_loss, _check.BETWEEN_0_AND_1
-    general_rows = _call.row_loss
+    general_elements, unit_interval = _elements.element_loss, _checks.BETWEEN_0_AND_1
+    general_rows = _rows.row_loss
     return 0
 
 
@@ -84,7 +84,7 @@ cdef inline bint has_kernels() except -1:
     """Whether the kernels of the CPU compute on NumPy's arrays, as they do unless a test has something else do it."""
     if general_rows is None:
         connect()
-    return PyDict_GetItem(dispatch._owners, ndarray) == <PyObject *>engine
+    return library.engine is engine_of
 
 
 # ---- options -------------------------------------------------------------------------------------------------------

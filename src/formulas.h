@@ -37,7 +37,7 @@ XCE_FN jet phi_cross_entropy(log_prob at, scalar parameter)
 }
 
 /* From XCE_STEEP_ABOVE on (1 - p)^gamma, which multiplies the error of 1 - p by gamma, is formed from 1 - p in two parts, and in
- * float64: xce/_backends/_numbers.py has calls with float32 computed there, too. */
+ * float64: xce/_engines/numbers.py has calls with float32 computed there, too. */
 XCE_FN int is_steep_power(scalar gamma) { return sizeof(scalar) == 8 && gamma > XCE_STEEP_ABOVE; }
 
 /* exp(x) and exp(x) - 1 of any distance x: r_exp_pair has x.low in the terms up to the square only, which errs by a third of an

@@ -5,14 +5,15 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 
 import xce
-from xce import _dispatch
-from xce._backends import generic
+from xce._engines import Engine, reference
+from xce._libraries import numpy as library
 
 Array = np.ndarray[Any, Any]
 
@@ -309,5 +310,12 @@ def rows_at(
 
 def oracle(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """Call a public function, with NumPy arrays computed by the reference instead of the kernels."""
-    with mock.patch.dict(_dispatch._owners, {np.ndarray: generic}):
+    with computed_by(reference):
         return function(*args, **options)
+
+
+@contextmanager
+def computed_by(engine: Engine, view: Callable[[Any, str], Any] = library.view) -> Iterator[None]:
+    """Let an engine compute on the arrays of NumPy; it may see them otherwise."""
+    with mock.patch.multiple(library, engine=lambda x: engine, view=view):
+        yield

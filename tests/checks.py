@@ -20,7 +20,7 @@ from cases import CASE_OF, LOSSES, TARGETS_OF_LOSSES, Case, oracle, problem
 
 import xce
 from xce import _cpu, _threads
-from xce._backends import numpy as backend
+from xce._engines import cpu
 
 Array = np.ndarray[Any, Any]
 
@@ -57,7 +57,7 @@ def at_level(level: str) -> Iterator[None]:
 def forget_level() -> None:
     _cpu.level.cache_clear()
     _cpu.kernels.cache_clear()
-    backend._KERNELS.clear()
+    cpu._KERNELS.clear()
 
 
 @contextmanager

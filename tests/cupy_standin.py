@@ -16,9 +16,9 @@ import array_api_compat.numpy
 import emulated
 import numpy as np
 
-import xce._backends
-from xce import _dispatch
-from xce._backends import _cuda
+import xce._engines
+import xce._libraries
+from xce._engines import cuda as _cuda
 
 Array = np.ndarray[Any, Any]
 
@@ -254,17 +254,25 @@ def module() -> ModuleType:
     return cupy
 
 
+OF_CUPY = (xce._engines, "cupy"), (xce._libraries, "cupy"), (xce._libraries, "torch_cuda")
+
+
+def without_cupy(patch: Any) -> None:
+    """Let xce import what needs CuPy anew."""
+    for package, name in OF_CUPY:
+        patch.delitem(sys.modules, f"{package.__name__}.{name}", raising=False)
+        patch.delattr(package, name, raising=False)
+
+
 @contextmanager
 def installed(patch: Any) -> Iterator[State]:
     """Let xce find this CuPy, and no other; `patch` is pytest's monkeypatch."""
     global state
     state = State()
-    for name in ("cupy", "_torch_cuda"):
-        patch.delitem(sys.modules, f"xce._backends.{name}", raising=False)
-        patch.delattr(xce._backends, name, raising=False)
+    without_cupy(patch)
     patch.setitem(sys.modules, "cupy", module())
-    patch.setattr(_dispatch, "_owners", {})
-    from xce._backends import cupy as backend
+    patch.setattr(xce._libraries, "_known", {})
+    from xce._engines import cupy as backend
 
     devices = {number: Emulated(number) for number in (0, 1)}
     patch.setattr(backend, "_device", devices.__getitem__)
@@ -274,7 +282,7 @@ def installed(patch: Any) -> Iterator[State]:
         yield state
     finally:
         places.clear()
-        for name in ("cupy", "_torch_cuda"):
-            sys.modules.pop(f"xce._backends.{name}", None)
-            if hasattr(xce._backends, name):
-                delattr(xce._backends, name)
+        for package, name in OF_CUPY:
+            sys.modules.pop(f"{package.__name__}.{name}", None)
+            if hasattr(package, name):
+                delattr(package, name)

@@ -15,13 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from xce._backends import _cuda, _cuda_linear
-from xce._backends._scan import scan_repetitions
+from xce._engines import cuda as _cuda
+from xce._engines import cuda_linear as _cuda_linear
 
-__all__ = [
-    "classes_left", "from_numpy", "place", "run", "run_linear", "scan_labels", "scan_repetitions", "scan_values",
-    "to_numpy", "view", "wrap",
-]  # fmt: skip
+HAS_KERNELS = True
 
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 FLAGS = ["-std=c++20", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-mfma", "-fno-strict-aliasing", "-w"]
@@ -131,10 +128,6 @@ class Emulated:
 DEVICE = Emulated()
 
 
-def place(x: Any) -> None:
-    pass
-
-
 def blas(
     transpose_a: bool, transpose_b: bool, m: int, n: int, k: int, alpha: float, a: int, lda: int, b: int, ldb: int,
     beta: float, c: int, ldc: int, dtype: Any, out_dtype: Any,
@@ -185,10 +178,6 @@ def scan_values(values: Any, low: float, high: float | None, weights: tuple[Any,
 
 def classes_left(where: Any, axis: int) -> Any:
     return _cuda.classes_left(where, axis, DEVICE)
-
-
-def wrap(result: Any) -> Any:
-    return result[()] if isinstance(result, np.ndarray) and result.ndim == 0 else result
 
 
 def run(call: Any) -> Any:

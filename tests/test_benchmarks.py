@@ -19,6 +19,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from cases import computed_by
 
 ASV = Path(__file__).parents[1] / "asv_benchmarks"
 if not ASV.exists():
@@ -242,8 +243,8 @@ def test_the_first_calls_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("ml_dtypes")
     if emulated.COMPILER is None:
         pytest.skip("needs a C++ compiler, to run the kernels of CUDA")
-    from xce import _dispatch
-    from xce._backends import _cuda
+    from xce import _libraries
+    from xce._engines import cuda as _cuda
 
     class There(np.ndarray):  # an array of CuPy
         pass
@@ -254,7 +255,8 @@ def test_the_first_calls_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
         cuda=SimpleNamespace(Device=lambda: SimpleNamespace(synchronize=lambda: None)),
     )
     with (
-        mock.patch.dict(_dispatch._owners, {There: emulated}),
+        mock.patch.dict(_libraries._known, {There: _libraries.library_of(np.zeros(0), "x")}),
+        computed_by(emulated, emulated.view),
         mock.patch.dict(sys.modules, {"cupy": played}),
         mock.patch.multiple(
             _cuda, _REGIMES=((64, _cuda.Regime(8, 1, 16)),), _CLUSTERS=((math.inf, _cuda.Regime(64, 2, 64)),)
@@ -332,12 +334,11 @@ def test_regimes_are_tried(capsys: pytest.CaptureFixture[str]) -> None:
     emulated = pytest.importorskip("emulated")
     if emulated.COMPILER is None:
         pytest.skip("needs a C++ compiler, to run the kernels of CUDA")
-    from xce import _dispatch
-    from xce._backends import _cuda
+    from xce._engines import cuda as _cuda
 
     regimes = _cuda._REGIMES
     with (
-        mock.patch.dict(_dispatch._owners, {np.ndarray: emulated}),
+        computed_by(emulated, emulated.view),
         mock.patch.object(gpu, "CANDIDATES", ((8, 1, 16),)),
     ):
         gpu.main(["--regimes", "--shapes", "3x40", "--dtypes", "float32"], Stage)

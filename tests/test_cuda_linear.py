@@ -57,7 +57,7 @@ from test_linear import (  # noqa: E402, F401
 )
 
 import xce  # noqa: E402
-from xce._backends import _cuda_linear  # noqa: E402
+from xce._engines import cuda_linear as _cuda_linear  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -275,7 +275,7 @@ def test_blas_of_cupy(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert cupy.cuda.cublas.gemmEx
     except ImportError:
         pytest.skip("needs the cuBLAS of CUDA, of which names are used")
-    from xce._backends import cupy as backend
+    from xce._engines import cupy as backend
 
     kinds, modes = {0: "f4", 1: "f8", 2: "f2", 14: dtype_of("bfloat16")}, [0]
 

@@ -9,7 +9,7 @@ import pytest
 from numpy.lib.stride_tricks import as_strided
 
 from xce import _check
-from xce._backends import _cuda
+from xce._engines import cuda as _cuda
 
 
 @pytest.mark.parametrize("job", [_cuda.ROW_JOB, _cuda.SUM_JOB, _cuda.ELEMENT_JOB, _cuda.ARRAY_JOB])
@@ -30,7 +30,7 @@ def test_definitions_stand_in_the_text() -> None:
 
 def test_jobs_are_passed_as_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """CuPy takes a structure apart field by field, at every launch."""
-    backend = pytest.importorskip("xce._backends.cupy", reason="needs CuPy, for a CUDA device", exc_type=ImportError)
+    backend = pytest.importorskip("xce._engines.cupy", reason="needs CuPy, for a CUDA device", exc_type=ImportError)
     launched: list[Any] = []
     monkeypatch.setattr(backend, "_function", lambda *_: lambda *args, **options: launched.append((args, options)))
     device, job = object.__new__(backend._Device), np.zeros((), _cuda.ROW_JOB)
@@ -97,7 +97,7 @@ def test_what_is_asked_of_cupy_is_there() -> None:
     assert hasattr(cupy.cuda.Device, "compute_capability")
     assert hasattr(cupy.RawKernel, "max_dynamic_shared_size_bytes")
     assert hasattr(cupy.RawKernel, "preferred_shared_memory_carveout")
-    from xce._backends import cupy as backend
+    from xce._engines import cupy as backend
 
     scans = "scan_labels", "scan_repetitions", "scan_values"
     for name in (*scans, "run", "run_linear", "to_numpy", "from_numpy", "view", "wrap"):

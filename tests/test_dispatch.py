@@ -15,7 +15,7 @@ from cases import Case, oracle, problem
 from checks import every_target
 
 import xce
-from xce import _dispatch
+from xce import _arrays, _libraries
 
 
 class Library(NamedTuple):
@@ -335,16 +335,16 @@ def test_no_library_is_imported_for_numpy() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_owner_of_a_type_is_found_once() -> None:
+def test_the_library_of_a_type_is_found_once() -> None:
     x = np.zeros(3)
-    assert _dispatch.owner_of(x, "x") is _dispatch._owners[np.ndarray]
+    assert _libraries.library_of(x, "x") is _libraries._known[np.ndarray]
 
 
 def test_type_names_are_those_of_users() -> None:
-    assert _dispatch.described(np.zeros(1)) == "a numpy.ndarray"
-    assert _dispatch.described(1.0) == "a float"
-    assert _dispatch.described(1) == "an int"
-    assert _dispatch.described(None) == "None"
+    assert _arrays.described(np.zeros(1)) == "a numpy.ndarray"
+    assert _arrays.described(1.0) == "a float"
+    assert _arrays.described(1) == "an int"
+    assert _arrays.described(None) == "None"
 
 
 def test_types_that_come_and_go_are_not_kept() -> None:

@@ -14,7 +14,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from cases import CASE_OF, LOSSES, TARGETS_OF_LOSSES, Case, combinations, problem
+from cases import CASE_OF, LOSSES, TARGETS_OF_LOSSES, Case, combinations, computed_by, problem
 from checks import (
     ALIGNED,
     DTYPES,
@@ -36,8 +36,8 @@ if emulated.COMPILER is None:
 from emulated import SANITIZED  # noqa: E402
 
 import xce  # noqa: E402
-from xce import _dispatch  # noqa: E402
-from xce._backends import _cuda, _scan  # noqa: E402
+from xce._engines import cuda as _cuda  # noqa: E402
+from xce._engines import scan as _scan  # noqa: E402
 
 # What is asked of NumPy arrays, collected here once more: the same answers from the GPU.
 SHARED = {
@@ -90,7 +90,7 @@ SHAPES = (
 @pytest.fixture(autouse=True)
 def gpu() -> Iterator[None]:
     with (
-        mock.patch.dict(_dispatch._owners, {np.ndarray: emulated}),
+        computed_by(emulated, emulated.view),
         mock.patch.multiple(_cuda, _REGIMES=REGIMES, _CLUSTERS=CLUSTERS),
     ):
         yield

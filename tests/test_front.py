@@ -13,7 +13,7 @@ import pytest
 from checks import DTYPES, dtype_of
 
 import xce
-from xce import _call, _elements, losses
+from xce import _elements, _rows, losses
 
 RNG = np.random.default_rng(0)
 N, C = 37, 13
@@ -85,7 +85,7 @@ def test_losses_of_rows_have_the_bits_of_the_general_way(loss: str, dtype: str, 
         def call(own: Any = own, given: Any = given, y: Any = y) -> Any:
             return getattr(xce, loss)(x, y, **own, **given)
 
-        same(call(), _call.row_loss(loss, parameter, x, y, given))
+        same(call(), _rows.row_loss(loss, parameter, x, y, given))
         frames = python_frames(call)
         assert frames[0] == loss, options
         assert set(frames[1:]) <= RULES, options
@@ -117,7 +117,7 @@ BUFFERED = {
 def test_buffers_are_filled_and_returned(buffers: str) -> None:
     x = RNG.normal(size=(N, C)).astype("f4")
     flags = {"return_grad": True, "return_hess": buffers == "both"}
-    expected, copy = _call.row_loss("cross_entropy", 0.0, x, LABELS, flags), x.copy()
+    expected, copy = _rows.row_loss("cross_entropy", 0.0, x, LABELS, flags), x.copy()
     given = BUFFERED[buffers](copy)
     found = xce.cross_entropy(copy, LABELS, **flags, **given)
     same(found, expected)

@@ -16,7 +16,6 @@ from contextlib import ExitStack
 from functools import cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
-from unittest import mock
 
 import numpy as np
 import on_gpu
@@ -28,7 +27,7 @@ if on_gpu.missing() and not EMULATED:
     pytest.skip(on_gpu.missing(), allow_module_level=True)
 
 import emulated  # noqa: E402
-from cases import LOSSES, TARGETS_OF_LOSSES, Case, combinations, problem  # noqa: E402
+from cases import LOSSES, TARGETS_OF_LOSSES, Case, combinations, computed_by, problem  # noqa: E402
 from checks import (  # noqa: E402
     ALIGNED,
     DTYPES,
@@ -47,8 +46,7 @@ from checks import (  # noqa: E402
 )
 
 import xce  # noqa: E402
-from xce import _dispatch  # noqa: E402
-from xce._backends import _cuda  # noqa: E402
+from xce._engines import cuda as _cuda  # noqa: E402
 
 needs_cuda = pytest.mark.skipif(EMULATED, reason="needs a CUDA device")
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -83,7 +81,7 @@ def bare(n: int) -> Any:
 def gpu(request: pytest.FixtureRequest) -> Iterator[None]:
     with ExitStack() as stack:
         if EMULATED:
-            stack.enter_context(mock.patch.dict(_dispatch._owners, {np.ndarray: emulated}))
+            stack.enter_context(computed_by(emulated, emulated.view))
             place: on_gpu.Place = on_gpu.Host()
         else:
             import cupy
@@ -114,7 +112,7 @@ class Notebook(emulated.Emulated):
 def device_of_the_tests() -> Any:
     if EMULATED:
         return emulated.DEVICE
-    from xce._backends import cupy as backend
+    from xce._engines import cupy as backend
 
     return backend._device(0)
 
@@ -135,15 +133,15 @@ def carry_out(planned: Iterable[Planned]) -> None:
     """Compile what all of these checks need, at the same time; then check."""
     planned = list(planned)
     notebook = Notebook()
-    owner = SimpleNamespace(**{name: getattr(emulated, name) for name in emulated.__all__})
-    owner.run = lambda of: _cuda.run(of, notebook)
-    owner.scan_labels = owner.scan_values = lambda *_: -1
+    engine = SimpleNamespace(**vars(emulated))
+    engine.run = lambda of: _cuda.run(of, notebook)
+    engine.scan_labels = engine.scan_values = lambda *_: -1
     functions = {
         check_loss: lambda f, x, target, **options: f(x, target, **options, **FLAGS),
         check_maps: lambda x, axis=-1: [f(x, axis=axis) for f in (xce.softmax, xce.log_softmax, xce.logsumexp)],
         check_stats: xce.logit_stats,
     }
-    with mock.patch.dict(_dispatch._owners, {np.ndarray: owner}):
+    with computed_by(engine, emulated.view):
         for one in planned:
             options = {k: v for k, v in one.options.items() if k not in ("grad_out", "hess_out")}
             functions[one.check](*one.args, **options)
@@ -159,7 +157,7 @@ def compile_one(module: _cuda.Module) -> None:
         return
     import cupy
 
-    from xce._backends.cupy import OPTIONS
+    from xce._engines.cupy import OPTIONS
 
     # for CuPy's cache on the disk, from which the backend will load it
     cupy.RawModule(code=_cuda.source(module), options=OPTIONS).compile()

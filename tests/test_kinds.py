@@ -10,11 +10,11 @@ from checks import same_bits
 
 import xce
 from xce import _reference
-from xce._backends import _scan
-from xce._backends import numpy as numpy_backend
-from xce._backends._numbers import number_kind
-from xce._call import row_call
-from xce._dispatch import owner_of
+from xce._engines import cpu
+from xce._engines import scan as _scan
+from xce._engines.numbers import number_kind
+from xce._libraries import arrays_of
+from xce._rows import row_call
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 
@@ -143,7 +143,7 @@ def test_ranks_beyond_what_float32_counts() -> None:
 
 def test_labels_in_bfloat16_as_the_reference_reads_them() -> None:
     y = LABELS.astype(ml_dtypes.bfloat16)
-    call = row_call(owner_of(LOGITS, "logits"), "loss", "cross_entropy", 0.0, LOGITS, y, {"reduction": "none"})
+    call = row_call(arrays_of(LOGITS, "logits"), "loss", "cross_entropy", 0.0, LOGITS, y, {"reduction": "none"})
     value = _reference.run(call)[0]
     np.testing.assert_allclose(value, losses(LOGITS, LABELS).astype(float), rtol=4e-15)
 
@@ -166,7 +166,7 @@ def test_linear_layers_take_labels_of_bfloat16() -> None:
 def test_the_search_of_other_libraries_rounds_no_bound(dtype: str, label: int) -> None:
     """As the kernels do not: the number of classes and the label to ignore are no numbers of the labels' type."""
     labels = np.array([[0, label]], dtype)
-    for scan in (_scan.scan_labels, numpy_backend.scan_labels):
+    for scan in (_scan.scan_labels, cpu.scan_labels):
         assert scan(labels, label + 1, -1) == -1
         assert scan(labels, label, -1) == 1
         assert scan(labels, label, label) == -1

@@ -20,7 +20,7 @@ from test_dispatch import Library, jax_library, strict_library, torch_library
 from test_hypothesis import LABELS, N_CLASSES, PROFILE, placed
 
 import xce
-from xce._backends import _linear
+from xce._engines import cpu_linear as _linear
 
 Array = np.ndarray[Any, Any]
 

@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from xce._backends import _cuda, _cuda_linear, _cuda_scale
+from xce._engines import cuda as _cuda
+from xce._engines import cuda_linear as _cuda_linear
+from xce._engines import cuda_scale as _cuda_scale
 
 nvrtc = pytest.importorskip("cupy", reason="needs CuPy, to compile the kernels of CUDA").cuda.nvrtc
 
-from xce._backends.cupy import OPTIONS  # noqa: E402
+from xce._engines.cupy import OPTIONS  # noqa: E402
 
 ARCHITECTURES = ("75", "80", "90", "100")
 EVERY = os.environ.get("XCE_EVERY_ARCHITECTURE") == "1"

@@ -15,7 +15,7 @@ from checks import LAYOUTS, call, called_by, check_loss, check_maps, check_stats
 
 import xce
 from xce import _check
-from xce._backends import _cuda
+from xce._engines import cuda as _cuda
 
 elsewhere = on_gpu.Elsewhere(on_gpu.Host())
 ROWS = np.arange(60, dtype=np.float32).reshape(5, 12)
@@ -182,7 +182,7 @@ def mirror() -> Iterator[on_gpu.Elsewhere]:
     emulated = pytest.importorskip("emulated")
     if emulated.COMPILER is None:
         pytest.skip("needs a C++ compiler, to run the kernels of CUDA")
-    from xce._backends import cupy as backend
+    from xce._engines import cupy as backend
 
     kept = []
 

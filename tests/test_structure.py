@@ -18,7 +18,7 @@ from checks import DTYPES, every_loss
 
 import xce
 from xce import _cpu, _reference
-from xce._backends import _cuda
+from xce._engines import cuda as _cuda
 
 ROOT = Path(__file__).parents[1]
 FUNCTIONS = {name: f for name in xce.__all__ if inspect.isfunction(f := getattr(xce, name))}

@@ -58,8 +58,8 @@ def torch(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     import cupy_standin as standin
 
     import xce.torch
-    from xce._backends import _torch_cuda
-    from xce._backends import torch as backend
+    from xce._libraries import torch as backend
+    from xce._libraries import torch_cuda as _torch_cuda
 
     monkeypatch.setattr(backend, "is_on_cuda", lambda x: True)
     monkeypatch.setattr(torch.Tensor, "get_device", lambda x: 0 if x.is_sparse else standin.device_of(x.data_ptr()))
@@ -145,7 +145,7 @@ def test_a_sparse_teacher_of_tensors(torch: Any, rng: np.random.Generator) -> No
 
 
 def test_tensors_are_viewed_where_they_lie(torch: Any) -> None:
-    from xce._backends import torch as backend
+    from xce._libraries import torch as backend
 
     for dtype in (torch.float32, torch.bfloat16, torch.bool, torch.uint8, torch.int64):
         x = torch.ones(3, 8, dtype=dtype)[:, 2::2]
@@ -240,14 +240,13 @@ def test_errors_of_tensors(torch: Any, gpu: Any, monkeypatch: pytest.MonkeyPatch
 
 def test_cupy_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
-    import xce._backends
+    from cupy_standin import without_cupy
+
     import xce.torch
-    from xce._backends import torch as backend
+    from xce._libraries import torch as backend
 
     x, y = torch.zeros(2, 3), torch.tensor([0, 1])
-    for name in ("cupy", "_torch_cuda"):
-        monkeypatch.delitem(sys.modules, f"xce._backends.{name}", raising=False)
-        monkeypatch.delattr(xce._backends, name, raising=False)
+    without_cupy(monkeypatch)
     monkeypatch.setitem(sys.modules, "cupy", None)
     monkeypatch.setattr(backend, "is_on_cuda", lambda x: True)
     with pytest.raises(ImportError, match=r"CuPy, which is missing: pip install 'xce\[cuda13\]'"):
@@ -259,7 +258,7 @@ def test_cupy_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rocm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
-    from xce._backends import torch as backend
+    from xce._libraries import torch as backend
 
     class Elsewhere:
         is_cuda = True
@@ -313,7 +312,7 @@ def test_autograd(torch: Any, gpu: Any, name: str, dtype: str, rng: np.random.Ge
 
 def test_nobody_looks_at_the_data(torch: Any, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import xce.torch
-    from xce._backends import cupy as backend
+    from xce._engines import cupy as backend
 
     def scan(*_: Any) -> int:
         raise AssertionError("the CPU would wait")
@@ -334,7 +333,7 @@ def test_nobody_looks_at_the_data(torch: Any, gpu: Any, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
 def test_gradients_times_a_number(torch: Any, gpu: Any, dtype: str) -> None:
-    from xce._backends import torch as backend
+    from xce._libraries import torch as backend
 
     for n in (0, 1, 7, 8, 9, 1000, 5000):  # more than the threads of the device
         x = torch.randn(n, dtype=getattr(torch, dtype))
@@ -445,7 +444,7 @@ def test_a_layer_on_another_device(gpu: Any, rng: np.random.Generator) -> None:
 def jax(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """JAX, whose CPU arrays are on the GPU."""
     jax = pytest.importorskip("jax")
-    from xce._backends import jax as backend
+    from xce._libraries import jax as backend
 
     is_on_cpu = backend.is_on_cpu
     monkeypatch.setattr(backend, "is_on_cpu", lambda x: is_on_cpu(x) and False)
@@ -496,8 +495,8 @@ def test_arrays_of_jax_that_are_refused(jax: Any, gpu: Any, monkeypatch: pytest.
         jax.jit(xce.softmax)(x)
     with pytest.raises(xce.LabelError, match=r"target\[1\] = 3"):
         xce.cross_entropy(x, jax.numpy.asarray([0, 3]))
-    from xce._backends import cupy
-    from xce._backends import jax as backend
+    from xce._engines import cupy
+    from xce._libraries import jax as backend
 
     def refuse(x: Any) -> Any:
         raise NotImplementedError("not yet")
@@ -710,7 +709,7 @@ def test_cuda_is_as_the_cpu(cuda: Any, name: str, dtype: str, rng: np.random.Gen
 
 @pytest.mark.gpu
 def test_cuda_tensors_are_not_copied(cuda: Any) -> None:
-    from xce._backends import torch as backend
+    from xce._libraries import torch as backend
 
     for dtype in (cuda.float32, cuda.bfloat16, cuda.int64, cuda.bool):
         x = cuda.ones(3, 8, dtype=dtype, device="cuda")[:, 2::2]

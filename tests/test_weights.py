@@ -12,8 +12,8 @@ from cases import TARGETS_OF_LOSSES, Case, oracle, problem
 from checks import DTYPES, FLAGS, call, check_removed_rows, dtype_of, same_bits, same_numbers
 
 import xce
-from xce._backends import _scan
-from xce._backends import numpy as numpy_backend
+from xce._engines import cpu
+from xce._engines import scan as _scan
 
 NAN, INF = np.nan, np.inf
 
@@ -326,7 +326,7 @@ def test_the_first_label_that_counts_is_found(dtype: str, weight_dtype: str) -> 
         for weights in (masks[:1], masks):
             is_bad = (target.astype(float) > 4) & np.all([w.astype(float) != 0 for w in weights], axis=0)
             first = int(is_bad.argmax()) if is_bad.any() else -1
-            assert numpy_backend.scan_labels(target, 5, -1, weights) == first
+            assert cpu.scan_labels(target, 5, -1, weights) == first
             assert _scan.scan_labels(target, 5, -1, weights) == first
 
 
@@ -340,7 +340,7 @@ def test_the_first_row_with_a_class_twice_is_found(dtype: str) -> None:
         repeated[n_rows // 2 + 1, n_places // 2] = repeated[n_rows // 2 + 1, 0]
         weight = np.ones(n_rows)
         weight[n_rows // 2] = 0
-        for scan in (numpy_backend.scan_repetitions, _scan.scan_repetitions):
+        for scan in (cpu.scan_repetitions, _scan.scan_repetitions):
             assert scan(indices, n_classes, ()) == (-1, -1)
             if n_places > 1:
                 assert scan(repeated, n_classes, ()) == (n_rows // 2, int(repeated[n_rows // 2, 0]))
@@ -351,7 +351,7 @@ def test_the_first_row_with_a_class_twice_is_found(dtype: str) -> None:
 
 def test_the_smallest_class_that_is_there_twice_is_named() -> None:
     indices = np.array([[0, 1, 2, 3, 4], [7, 5, 7, 5, 0]])
-    for scan in (numpy_backend.scan_repetitions, _scan.scan_repetitions):
+    for scan in (cpu.scan_repetitions, _scan.scan_repetitions):
         assert scan(indices, 8, ()) == (1, 5)
 
 
@@ -360,7 +360,7 @@ def test_rows_that_where_leaves_a_class(axis: int) -> None:
     where = np.random.default_rng(5).random((3, 40, 5)) < 0.1
     for mask in (where, where[:, ::-3], where[:1], where[:, :1], np.broadcast_to(where[:, :1], where.shape), where[:0]):
         if mask.shape[axis]:
-            assert numpy_backend.classes_left(mask, axis).tolist() == mask.any(axis).tolist()
+            assert cpu.classes_left(mask, axis).tolist() == mask.any(axis).tolist()
 
 
 @pytest.mark.parametrize("n_axes", [31, 62])

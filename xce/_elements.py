@@ -1,21 +1,22 @@
-"""Losses of single elements: arguments to one checked `ElementCall`; what `_call` is for the losses of rows."""
+"""Losses of single elements: arguments to one checked `ElementCall`; what `_rows` is for the losses of rows."""
 
 from __future__ import annotations
 
 import decimal
 import math
 from functools import lru_cache
-from types import ModuleType
 from typing import Any, NamedTuple
 
-from xce import _check as check
-from xce._call import finish, outputs, plain_views, viewed_buffers, wrapped
-from xce._check import Array
-from xce._core import plain_element_loss
-from xce._dispatch import namespace, owner_of, placed, view
-from xce._options import DEFAULTS, checked
+from numpy import ndarray
 
-__all__ = ["SIGNS", "ElementCall", "ElementLoss", "element_call", "element_loss", "logit_in_two_parts"]
+from xce import _checks as check
+from xce._arrays import Array, dtype_name, namespace
+from xce._call import ElementCall
+from xce._core import plain_element_loss
+from xce._engines import Engine
+from xce._libraries import Arrays, arrays_of
+from xce._options import DEFAULTS, checked
+from xce._rows import finish, outputs, returned, see
 
 # kinds of targets: the dtypes that they may have
 LABELS = ("bool", *check.INTEGERS, *check.FLOATS)
@@ -24,27 +25,6 @@ SIGNS = ("int8", "int16", "int32", "int64", *check.FLOATS)
 # what factors of elements may be
 _SIGNED = (-math.inf, None, "expected finite weights")
 _FACTORS = {"pos_weight": check.FINITE_NOT_NEGATIVE, "alpha": (0.0, 1.0, "expected alphas between 0 and 1")}
-
-
-class ElementCall(NamedTuple):
-    """One checked computation of f(x, y) for every element; see `_call.Call`."""
-
-    op: str  # "element"
-    formula: str  # the function f, and
-    params: tuple[float, ...]  # its parameters
-    logits: Array  # x: logits, or whatever the loss is a function of; floating
-    target: Array  # y, of the same shape: bool, integers or floating
-    weight: Array  # None, or factors of the elements, broadcast to the shape of x: bool, integers or floating
-    pos_weight: Array  # None, or a second parameter of f, which may also be the alpha of a class, likewise
-    sample_weight: Array  # None, or factors that the mean counts, likewise
-    axis: int | None  # the axis over which elements are averaged to rows
-    validate: bool
-    reduction: str  # "mean" | "batchmean" | "sum" | "none"
-    return_grad: bool
-    return_hess: bool
-    n_threads: int | None
-    grad_out: Array
-    hess_out: Array
 
 
 class ElementLoss(NamedTuple):
@@ -73,34 +53,35 @@ def element_loss(
 
     A reduction that is not among the options is an own parameter of the loss, and checked.
     """
-    owner = owner_of(x, loss.name)
-    is_bare = axis is factors[0] is factors[1] is None
-    if is_bare and (arrays := plain_views(owner, loss.name, x, target, options)) is not None:
-        result = plain_element_loss(loss, params, *arrays, options, reduction)
-        if result is not None:
-            return wrapped(owner, result)
-    options = checked(loss.function, options)
-    if reduction is not None:
-        options["reduction"] = reduction
-    call = element_call(owner, loss, params, x, target, options, factors, axis)
-    return finish(owner, call, owner.run(call), options)
+    arrays, result = arrays_of(x, loss.name), None
+    names = *loss.factors, "sample_weight"
+    with arrays.place():
+        seen, y = arrays.view_first(), arrays.view(target, "target")
+        found = see(arrays, seen, dict(zip(loss.factors, factors, strict=True)) | options, names)
+        if type(seen) is ndarray is not type(x) and axis is factors[0] is factors[1] is None:
+            result = plain_element_loss(loss, params, seen, y, options | found, reduction)
+        if result is None:
+            given = checked(loss.function, options) | found
+            if reduction is not None:
+                given["reduction"] = reduction
+            call = element_call(arrays, loss, params, seen, y, given, axis)
+            result = returned(call, arrays.engine.run(call))
+    return finish(arrays, result, options)
 
 
-@placed(3)
 def element_call(
-    owner: ModuleType,
+    arrays: Arrays,
     loss: ElementLoss,
     params: tuple[float, ...],
     x: Array,
     target: Array,
     options: dict[str, Any],
-    factors: tuple[Array | None, Array | None],
     axis: Any,
 ) -> ElementCall:
-    """Return the checked call, whose options have been checked as far as alone."""
-    name, first, given = loss.name, x, DEFAULTS | options
-    x = check.of_dtype(owner.view(first, name), name, *check.FLOATS)
-    target = check.of_dtype(view(owner, first, target, "target", name), "target", *loss.kinds)
+    """Return the checked call, of arrays that are seen and options that are checked; factors are among these."""
+    engine, name, given = arrays.engine, loss.name, DEFAULTS | options
+    x = check.of_dtype(x, name, *check.FLOATS)
+    target = check.of_dtype(target, "target", *loss.kinds)
     if target.shape != x.shape:
         raise ValueError(f"target has shape {target.shape}: expected {x.shape}, the shape of {name}")
     validate = given["validate"]
@@ -108,31 +89,30 @@ def element_call(
         axis = check.class_axis(axis, len(x.shape), name)
         if x.shape[axis] == 0:
             raise ValueError(f"{name} of shape {x.shape} has no classes: expected at least one on axis {axis}")
-    named = dict(zip((*loss.factors, "sample_weight"), (*factors, given["sample_weight"]), strict=True))
+    named = {key: given.get(key) for key in (*loss.factors, "sample_weight")}
     for key, factor in named.items():
         if factor is not None:
-            array = check.view_factors(owner, first, name, x, factor, key)
-            named[key] = _factor(owner, array, key, x, name, axis, validate)
+            named[key] = _factor(engine, factor, key, x, name, axis, validate)
     weight, pos_weight, sample_weight = named.values()
     if validate:
         removing = tuple(w for w in (weight, sample_weight) if w is not None)
         if loss.range is not None:
-            check.values(owner, x, name, *loss.range, weights=removing)
-        if loss.target_range is not None and check.dtype_name(target.dtype) != "bool":
-            check.values(owner, target, "target", *loss.target_range, weights=removing)
-    returned = outputs(x, name, given, viewed_buffers(owner, first, given, name), {"target": target} | named)
+            check.values(engine, x, name, *loss.range, weights=removing)
+        if loss.target_range is not None and dtype_name(target.dtype) != "bool":
+            check.values(engine, target, "target", *loss.target_range, weights=removing)
+    fields = outputs(x, name, given, {"target": target} | named)
     return ElementCall(
-        "element", loss.formula, params, x, target, weight, pos_weight, sample_weight, axis, validate, **returned
+        "element", loss.formula, params, x, target, weight, pos_weight, sample_weight, axis, validate, **fields
     )
 
 
-def _factor(owner: ModuleType, factor: Array, key: str, x: Array, name: str, axis: int | None, validate: bool) -> Array:
+def _factor(engine: Engine, factor: Array, key: str, x: Array, name: str, axis: int | None, validate: bool) -> Array:
     """Return factors of the elements, checked and broadcast to them."""
     factor = check.of_dtype(factor, key, *LABELS)
-    if validate and check.dtype_name(factor.dtype) != "bool":
+    if validate and dtype_name(factor.dtype) != "bool":
         is_class_weight = axis is not None and key == "weight"
         allowed = check.FINITE_NOT_NEGATIVE if is_class_weight else _FACTORS.get(key, _SIGNED)
-        check.values(owner, factor, key, *allowed)
+        check.values(engine, factor, key, *allowed)
     if axis is None:
         return check.broadcast(factor, key, x.shape, name)
     xp = namespace(x)

@@ -14,8 +14,8 @@ from functools import cache, partial
 from textwrap import indent
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, TypedDict, TypeVar, cast, get_type_hints
 
-from xce import _check as check
-from xce._check import Array
+from xce import _checks as check
+from xce._arrays import Array
 from xce._docs import complete
 
 __all__ = [

@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from xce._call import Array, Call, LinearCall, LogitStats, dtype_name
-from xce._check import FLOATS
-from xce._dispatch import namespace
-from xce._elements import ElementCall
+from xce._arrays import Array, dtype_name, namespace
+from xce._call import Call, ElementCall, LinearCall, LogitStats
+from xce._checks import FLOATS
 
 # phi -> its value, first and second derivative at u = log p; the last argument is its parameter.
 PHI: dict[str, Callable[[Any, Array, float], tuple[Array, Array, Array]]] = {

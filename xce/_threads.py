@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from xce import _cpu
-from xce._call import thread_count
+from xce._checks import thread_count
 from xce._cpu import runtime
 
 # Waking a second thread costs 3 to 18 us, and a logit some 0.4 ns: with fewer logits a thread it does not pay.

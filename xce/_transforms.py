@@ -10,18 +10,18 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from numbers import Integral
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from xce import _check as check
-from xce._backends._numbers import fill
-from xce._backends._scan import in_float64, parts, widen
-from xce._call import Call, map_call
-from xce._check import Array
-from xce._dispatch import device_of, namespace, owner_of, placed, view, view_buffer
+from xce import _checks as check
+from xce._arrays import Array, device_of, dtype_name, in_float64, namespace, parts, widen
+from xce._call import Call
+from xce._engines import Engine
+from xce._engines.numbers import fill
+from xce._libraries import arrays_of
 from xce._options import checked
+from xce._rows import map_call, see
 
 __all__ = ["log_sum_exp", "transform"]
 
@@ -34,67 +34,71 @@ _SHIFT = 600  # binary places by which those near an end of their range are move
 
 def transform(op: str, x: Array, axis: Any, out: Array | None, options: Any) -> Any:
     """Return softmax or log_softmax of `x` over any axes."""
-    x, options = _of_numbers(x, "x"), checked(op, options)
-    options["where"] = _of_numbers(options.get("where"), "where")
-    owner, axis = owner_of(x, "x"), _one_axis(axis, x)
-    if isinstance(axis, Integral):
-        result = owner.run(map_call(owner, op, x, axis, options, out))
-    else:
-        result = _over_axes(owner, x, op, axis, options, out)
-    return owner.wrap(result) if out is None else out
+    x, given = _of_numbers(x, "x"), checked(op, options)
+    given |= {"where": _of_numbers(given.get("where"), "where"), "out": out}
+    arrays, axis = arrays_of(x, "x"), _one_axis(axis, x)
+    with arrays.place():
+        x = arrays.view_first()
+        given |= see(arrays, x, given)
+        if isinstance(axis, Integral):
+            result = arrays.engine.run(map_call(op, x, axis, given))
+        else:
+            result = _over_axes(arrays.engine, x, op, axis, given)
+    return arrays.wrap(result) if out is None else out
 
 
-@placed(1)
-def _over_axes(owner: ModuleType, x: Array, op: str, axis: Any, options: dict[str, Any], out: Array | None) -> Any:
-    first = x
-    x, axes, kept = _checked(owner, first, axis, options.get("where"))
+def _over_axes(engine: Engine, x: Array, op: str, axis: Any, given: dict[str, Any]) -> Any:
+    out, (x, axes, where) = given.pop("out"), _checked(x, axis, given["where"])
     if out is not None:
-        out = view_buffer(owner, first, out, "out", "x")
-        check.buffers(x, "x", {"out": out}, {"where": kept})
-    call = _joined_call(op, x, axes, options | {"where": kept})
-    return fill(out, _parted(owner.run(call), x.shape, axes))
+        check.buffers(x, "x", {"out": out}, {"where": where})
+    call = _joined_call(op, x, axes, given | {"where": where})
+    return fill(out, _parted(engine.run(call), x.shape, axes))
 
 
 def log_sum_exp(x: Array, axis: Any, b: Array, keepdims: Any, return_sign: Any, where: Array, n_threads: Any) -> Any:
     """Return log(sum(b exp(x))) over any axes, and the sign of the sum if that is asked for."""
     x, b, where = _of_numbers(x, "x"), _of_numbers(b, "b"), _of_numbers(where, "where")
-    owner, axis = owner_of(x, "x"), _one_axis(axis, x)
+    arrays, axis = arrays_of(x, "x"), _one_axis(axis, x)
     keepdims, return_sign = check.flag("keepdims", keepdims), check.flag("return_sign", return_sign)
-    if isinstance(axis, Integral) and b is None:
-        call = map_call(owner, "logsumexp", x, axis, checked("softmax", {"where": where, "n_threads": n_threads}))
-        lse = _lse_of(owner, call)
-        return _lse_result(owner, lse, None, return_sign, (call.axis,) if keepdims else ())
-    return _lse_over_axes(owner, x, axis, b, keepdims, return_sign, where, n_threads)
-
-
-@placed(1)
-def _lse_over_axes(
-    owner: ModuleType, x: Array, axis: Any, b: Array, keepdims: bool, return_sign: bool, where: Array, n_threads: Any
-) -> Any:
-    first = x
-    x, axes, kept = _checked(owner, first, axis, where)
-    sign = None
-    if b is not None:
-        b = check.of_dtype(check.view_factors(owner, first, "x", x, b, "b"), "b", *check.NUMBERS)
-        b = check.broadcast(b, "b", x.shape, "x")
-    if b is None or not math.prod(x.shape[axis] for axis in axes):
-        options = checked("softmax", {"where": kept, "n_threads": n_threads})
-        lse = _lse_of(owner, _joined_call("logsumexp", x, axes, options))
-    else:
-        check.thread_count("n_threads", n_threads)
-        lse, sign = _weighted(x, b, kept, axes)
-        if not return_sign:
+    options = checked("softmax", {"where": where, "n_threads": n_threads})
+    with arrays.place():
+        x = arrays.view_first()
+        given = options | see(arrays, x, {"where": where, "b": b}, ("b",))
+        if isinstance(axis, Integral) and b is None:
+            call = map_call("logsumexp", x, axis, given)
+            found: Any = _lse_of(arrays.engine, call), None, (call.axis,)
+        else:
+            found = _lse_over_axes(arrays.engine, x, axis, given)
+        lse, sign, axes = found
+        if return_sign and sign is None:  # that of a sum of exponentials: 0 if none is left, NaN if one is
+            xp = namespace(lse)
+            sign = xp.where(xp.isnan(lse), lse, xp.astype(lse > -math.inf, lse.dtype))
+        elif sign is not None and not return_sign:
             lse = namespace(lse).where(sign < 0, math.nan, lse)
-    return _lse_result(owner, lse, sign, return_sign, axes if keepdims else ())
+        for axis in axes if keepdims else ():
+            lse, sign = (None if a is None else a[(slice(None),) * axis + (None, ...)] for a in (lse, sign))
+    return (arrays.wrap(lse), arrays.wrap(sign)) if return_sign else arrays.wrap(lse)
 
 
-def _lse_of(owner: ModuleType, call: Call) -> Array:
+def _lse_over_axes(
+    engine: Engine, x: Array, axis: Any, given: dict[str, Any]
+) -> tuple[Array, Array | None, tuple[int, ...]]:
+    """Return the log of the sum's size, the sign of a weighted sum, and the axes."""
+    (x, axes, where), b = _checked(x, axis, given.get("where")), given.pop("b", None)
+    if b is not None:
+        b = check.broadcast(check.of_dtype(b, "b", *check.NUMBERS), "b", x.shape, "x")
+    if b is None or not math.prod(x.shape[axis] for axis in axes):
+        return _lse_of(engine, _joined_call("logsumexp", x, axes, given | {"where": where})), None, axes
+    return *_weighted(x, b, where, axes), axes
+
+
+def _lse_of(engine: Engine, call: Call) -> Array:
     """Return the log-sum-exp of rows: -inf where there are no classes, as SciPy does."""
     x, axis = call.logits, call.axis
     if x.shape[axis]:
-        return owner.run(call)
+        return engine.run(call)
     xp = namespace(x)
-    dtype = xp.float64 if check.dtype_name(x.dtype) == "float64" else xp.float32
+    dtype = xp.float64 if dtype_name(x.dtype) == "float64" else xp.float32
     return xp.full(x.shape[:axis] + x.shape[axis + 1 :], -math.inf, dtype=dtype, device=device_of(x))
 
 
@@ -106,18 +110,6 @@ def _of_numbers(x: Any, name: str) -> Any:
     return x.astype(np.float64) if name == "x" and x.dtype.kind in "iu" else x
 
 
-def _lse_result(owner: ModuleType, lse: Array, sign: Array | None, return_sign: bool, axes: tuple[int, ...]) -> Any:
-    for axis in axes:
-        lse = lse[(slice(None),) * axis + (None, ...)]
-        sign = None if sign is None else sign[(slice(None),) * axis + (None, ...)]
-    if not return_sign:
-        return owner.wrap(lse)
-    if sign is None:  # that of a sum of exponentials: 0 if none is left, NaN if one is
-        xp = namespace(lse)
-        sign = xp.where(xp.isnan(lse), lse, xp.astype(lse > -math.inf, lse.dtype))
-    return owner.wrap(lse), owner.wrap(sign)
-
-
 def _one_axis(axis: Any, x: Array) -> Any:
     """Return the axis alone where there is one, which needs no joining."""
     if axis is None and len(x.shape) == 1:
@@ -125,21 +117,19 @@ def _one_axis(axis: Any, x: Array) -> Any:
     return axis[0] if isinstance(axis, tuple | list) and len(axis) == 1 else axis
 
 
-def _checked(owner: ModuleType, first: Array, axis: Any, where: Array) -> tuple[Array, tuple[int, ...], Array]:
-    """Return the caller's array as it is computed on, the axes, and the mask, broadcast, or None."""
-    x = check.of_dtype(owner.view(first, "x"), "x", *check.FLOATS)
+def _checked(x: Array, axis: Any, where: Array) -> tuple[Array, tuple[int, ...], Array]:
+    """Return what is computed on, the axes, and the mask, broadcast, or None."""
+    x = check.of_dtype(x, "x", *check.FLOATS)
     axes = check.axes(axis, len(x.shape), "x")
     if where is not None:
-        where = check.typed(view(owner, first, where, "where", "x"), "where", "bool")
-        where = check.broadcast(where, "where", x.shape, "x")
+        where = check.broadcast(check.typed(where, "where", "bool"), "where", x.shape, "x")
     return x, axes, where
 
 
-def _joined_call(op: str, x: Array, axes: tuple[int, ...], options: dict[str, Any]) -> Call:
-    """Return the checked call over axes that are joined; the view of a caller's array has an owner of its own."""
-    x, where = _joined(x, axes), options.get("where")
-    joined = {"where": None if where is None else _joined(where, axes)}
-    return map_call(owner_of(x, "x"), op, x, -1, options | joined)
+def _joined_call(op: str, x: Array, axes: tuple[int, ...], given: dict[str, Any]) -> Call:
+    """Return the checked call over axes that are joined."""
+    where = None if given["where"] is None else _joined(given["where"], axes)
+    return map_call(op, _joined(x, axes), -1, given | {"where": where})
 
 
 def _joined(x: Array, axes: tuple[int, ...]) -> Array:
@@ -165,7 +155,7 @@ def _weighted(x: Array, b: Array, where: Array | None, axes: tuple[int, ...]) ->
     What is computed on at a time, and in which order, depends on the shape alone.
     """
     xp = namespace(x)
-    dtype = xp.float64 if check.dtype_name(x.dtype) == "float64" else xp.float32
+    dtype = xp.float64 if dtype_name(x.dtype) == "float64" else xp.float32
     rows = [axis for axis in range(len(x.shape)) if axis not in axes]
     shape, classes = (tuple(x.shape[axis] for axis in some) for some in (rows, axes))
     x, b, where = (None if a is None else xp.permute_dims(a, (*axes, *rows)) for a in (x, b, where))

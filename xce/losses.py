@@ -1,14 +1,14 @@
-"""The public functions: signature, documentation, and three lines each."""
+"""The public functions: signature, documentation, and a line each."""
 
 from __future__ import annotations
 
 import math
 from typing import Any, Literal, Unpack
 
-from xce import _check as check
-from xce._call import Array, LogitStats, divergence_call, finish, finish_linear, linear_call, nll, row_call
+from xce import _checks as check
+from xce._arrays import Array
+from xce._call import LogitStats
 from xce._core import element_loss, row_loss
-from xce._dispatch import owner_of
 from xce._elements import SIGNS, ElementLoss, logit_in_two_parts
 from xce._options import (
     CrossEntropyOptions,
@@ -20,9 +20,10 @@ from xce._options import (
     NllOptions,
     Reduction,
     StatsOptions,
-    checked,
     takes,
 )
+from xce._rows import divergence as divergence_loss
+from xce._rows import linear, logit_statistics, nll
 from xce._transforms import log_sum_exp, transform
 
 __all__ = [
@@ -377,9 +378,7 @@ def distillation_loss(
     >>> print(np.round(grad, 4))
     [[ 0.0569 -0.0416 -0.0153]]
     """
-    owner, checked_options = owner_of(student_logits, "student_logits"), checked("distillation_loss", options)
-    call = divergence_call(owner, student_logits, teacher_logits, teacher_indices, divergence, checked_options)
-    return finish(owner, call, owner.run(call), options)
+    return divergence_loss(student_logits, teacher_logits, teacher_indices, divergence, options)
 
 
 _BINARY = ElementLoss("binary_cross_entropy_with_logits", "binary_cross_entropy_with_logits")
@@ -1012,9 +1011,7 @@ def logit_stats(
     >>> print(stats.argmax, stats.rank, np.round(stats.entropy, 4))
     [0 1] [0 1] [0.8324 0.5243]
     """
-    owner, checked_options = owner_of(logits, "logits"), checked("logit_stats", options)
-    call = row_call(owner, "stats", "", 0.0, logits, target, checked_options)
-    return LogitStats(*map(owner.wrap, owner.run(call)))
+    return logit_statistics(logits, target, options)
 
 
 @takes(LinearOptions)
@@ -1137,6 +1134,4 @@ def linear_cross_entropy(
      [-0.0333  0.1384]
      [ 0.0689  0.0638]] None
     """
-    owner, checked_options = owner_of(inputs, "inputs"), checked("linear_cross_entropy", options)
-    call = linear_call(owner, inputs, linear_weight, target, linear_bias, chunk_rows, checked_options)
-    return finish_linear(owner, call, owner.run_linear(call), options.get("grad_out"))
+    return linear(inputs, linear_weight, target, linear_bias, chunk_rows, options)

@@ -7,17 +7,18 @@ import math
 import warnings
 from collections.abc import Iterator
 from numbers import Integral, Real
-from types import ModuleType
 from typing import Any, Unpack
 
 import numpy as np
 
-from xce import _check as check
-from xce._backends._scan import BFLOAT16, is_label, parts, widen
-from xce._call import Array, Call, row_call
-from xce._dispatch import device_of, namespace, owner_of, placed
+from xce import _checks as check
+from xce._arrays import BFLOAT16, Array, device_of, dtype_name, is_label, namespace, native, parts, widen
+from xce._call import Call
+from xce._engines import Engine
 from xce._errors import LabelError
-from xce._options import MetricOptions, checked, takes
+from xce._libraries import arrays_of, library_of
+from xce._options import MetricOptions, takes
+from xce._rows import stats_call
 from xce.losses import cross_entropy, logit_stats
 
 __all__ = ["brier_score", "log_loss", "perplexity", "top_k_accuracy"]
@@ -77,10 +78,11 @@ def perplexity(
     >>> print(f"{xce.perplexity(logits, np.array([3, 1, 4])):.4f}")
     50.0000
     """
-    owner = owner_of(logits, "logits")
-    call = _of_labels(owner, "perplexity", logits, target, options)
-    loss, _, _ = owner.run(call._replace(op="loss", loss="cross_entropy", reduction="mean"))
-    loss = owner.wrap(loss)
+    arrays = arrays_of(logits, "logits")
+    with arrays.place():
+        call = stats_call(arrays, "perplexity", target, options)
+        loss, _, _ = arrays.engine.run(call._replace(op="loss", loss="cross_entropy", reduction="mean"))
+    loss = arrays.wrap(loss)
     with np.errstate(all="ignore"):
         return np.exp(loss) if isinstance(loss, np.generic) else namespace(loss).exp(loss)
 
@@ -144,9 +146,7 @@ def top_k_accuracy(
     >>> top_k_accuracy(logits, np.array([0, 1])), top_k_accuracy(logits, np.array([0, 1]), k=2)
     (0.5, 1.0)
     """
-    owner, k = owner_of(logits, "logits"), check.count("k", k)
-    call = _of_labels(owner, "top_k_accuracy", logits, target, options)
-    return _mean_of_rows(owner, logits, call, _Hits(k))
+    return _mean_of_rows("top_k_accuracy", logits, target, options, _Hits(check.count("k", k)))
 
 
 class _Hits:
@@ -155,8 +155,8 @@ class _Hits:
     def __init__(self, k: int) -> None:
         self.k = k
 
-    def __call__(self, owner: ModuleType, call: Call) -> Array:
-        stats = owner.run(call)
+    def __call__(self, engine: Engine, call: Call) -> Array:
+        stats = engine.run(call)
         xp = namespace(stats.rank)
         before = stats.rank
         if self.k > 1:
@@ -232,16 +232,14 @@ def brier_score(
     >>> print(f"{brier_score(np.log([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]), np.array([0, 2])):.4f}")
     0.2175
     """
-    owner = owner_of(logits, "logits")
-    call = _of_labels(owner, "brier_score", logits, target, options)
-    return _mean_of_rows(owner, logits, call, _squared_distances)
+    return _mean_of_rows("brier_score", logits, target, options, _squared_distances)
 
 
-def _squared_distances(owner: ModuleType, call: Call) -> Array:
+def _squared_distances(engine: Engine, call: Call) -> Array:
     if call.logits.shape[call.axis] > _BLOCK_BYTES // 4:
-        return _distances_of_long_rows(owner, call)
+        return _distances_of_long_rows(engine, call)
     call = call._replace(op="loss", loss="cross_entropy", reduction="sum", return_grad=True, sample_weight=None)
-    _, grad, _ = owner.run(call)  # which is p - [c = y] with all its digits, and 0 where ignored
+    _, grad, _ = engine.run(call)  # which is p - [c = y] with all its digits, and 0 where ignored
     xp = namespace(grad)
     grad = xp.moveaxis(_without_bfloat16(grad), call.axis, -1)
     rows = grad.shape[:-1]
@@ -253,12 +251,12 @@ def _squared_distances(owner: ModuleType, call: Call) -> Array:
     return xp.reshape(xp.sum(grad, axis=-1, dtype=xp.float64), rows)
 
 
-def _distances_of_long_rows(owner: ModuleType, call: Call) -> Array:
+def _distances_of_long_rows(engine: Engine, call: Call) -> Array:
     """The same of rows whose gradients would take much memory: from sums over all classes but the top one.
 
     With e = exp(x - max), Z = 1 + the sum of the others: ((Z - e_y)^2 + the sum of e_c^2 over c other than y) / Z^2.
     """
-    stats = owner.run(call)
+    stats = engine.run(call)
     xp = namespace(stats.lse)
     x = xp.moveaxis(call.logits, call.axis, -1)
     top = xp.astype(stats.argmax, xp.int64)[..., None]
@@ -279,18 +277,13 @@ def _distances_of_long_rows(owner: ModuleType, call: Call) -> Array:
     return xp.where(xp.isfinite(greatest[..., 0]), (others + wrong * wrong) / (1 + total) ** 2, math.nan)
 
 
-def _of_labels(owner: ModuleType, function: str, logits: Array, target: Array, options: Any) -> Call:
-    """Return the checked call of the row statistics, whose targets are class indices."""
-    return row_call(owner, "stats", "", 0.0, logits, target, checked(function, options))
-
-
-@placed(1)
-def _mean_of_rows(owner: ModuleType, logits: Array, call: Call, of_rows: Any) -> float:
+def _mean_of_rows(function: str, logits: Array, target: Array, options: Any, of_rows: Any) -> float:
     """Return the weighted mean of a function of rows, which is computed for a block of them at a time."""
-    sums, weights = [], []
-    with np.errstate(all="ignore"):
+    arrays, sums, weights = arrays_of(logits, "logits"), [], []
+    with arrays.place(), np.errstate(all="ignore"):
+        call = stats_call(arrays, function, target, options)
         for block in _blocks(call):
-            values = of_rows(owner, block)
+            values = of_rows(arrays.engine, block)
             xp = namespace(values)
             counts = xp.astype(~is_label(block.labels, call.ignore_index), xp.float64)
             if block.sample_weight is not None:
@@ -305,7 +298,7 @@ def _mean_of_rows(owner: ModuleType, logits: Array, call: Call, of_rows: Any) ->
 def _blocks(call: Call) -> Iterator[Call]:
     """Cut a call into calls of some of its rows."""
     axis, shape = call.axis, call.logits.shape
-    size = 8 if check.dtype_name(call.logits.dtype) == "float64" else 4
+    size = 8 if dtype_name(call.logits.dtype) == "float64" else 4
     for rows in parts(shape[:axis] + shape[axis + 1 :], max(1, _BLOCK_BYTES // (size * shape[axis]))):
         yield call._replace(
             logits=call.logits[(*rows[:axis], slice(None), *rows[axis:])],
@@ -316,7 +309,7 @@ def _blocks(call: Call) -> Iterator[Call]:
 
 def _without_bfloat16(x: Array) -> Array:
     """Return `x`, or its float32 values where it holds bfloat16, with which libraries cannot compute."""
-    if not isinstance(x.dtype, np.dtype) or check.dtype_name(x.dtype) != "bfloat16":
+    if not isinstance(x.dtype, np.dtype) or dtype_name(x.dtype) != "bfloat16":
         return x
     bits = x["bfloat16"] if x.dtype == BFLOAT16 else x.view(np.uint16)
     return (bits.astype(np.uint32) << 16).view(np.float32)
@@ -390,13 +383,13 @@ def log_loss(
     p = _array(y_proba, "y_proba")
     if isinstance(p.dtype, np.dtype) and p.dtype.char == "g":  # longdouble, as scikit-learn does
         p = p.astype(np.float64)
-    owner = owner_of(p, "y_proba")
+    engine = arrays_of(p, "y_proba").engine
     xp = namespace(p)
-    kind = check.dtype_name(check.of_dtype(p, "y_proba", *check.NUMBERS).dtype)
+    kind = dtype_name(check.of_dtype(p, "y_proba", *check.NUMBERS).dtype)
     if kind == "bfloat16":
         dtype, eps = xp.float32, 2.0**-7
     else:
-        dtype = check.native(p.dtype) if kind in check.FLOATS else xp.float64  # of certain answers
+        dtype = native(p.dtype) if kind in check.FLOATS else xp.float64  # of certain answers
         eps = float(xp.finfo(dtype).eps)
     if p.ndim not in (1, 2) or p.shape[0] == 0:
         raise ValueError(f"y_proba has shape {p.shape}: expected (n,) or (n, C) with at least one row")
@@ -411,10 +404,10 @@ def log_loss(
         bool(xp.any(_without_bfloat16(weights[rows]) != 0)) for rows in _rows(p.shape[0])
     ):
         return math.nan if normalize else 0.0
-    check.values(owner, p, "y_proba", 0.0, 1.0, "expected probabilities between 0 and 1", _like(p, weights))
+    check.values(engine, p, "y_proba", 0.0, 1.0, "expected probabilities between 0 and 1", _like(p, weights))
     n_columns = p.shape[1] if p.ndim == 2 and p.shape[1] != 1 else 2
     if is_soft:
-        check.values(owner_of(truth, "y_true"), truth, "y_true", *check.NOT_NEGATIVE, _like(truth, weights))
+        check.values(arrays_of(truth, "y_true").engine, truth, "y_true", *check.NOT_NEGATIVE, _like(truth, weights))
     else:
         truth = namespace(truth).reshape(truth, (-1,))
         if truth.shape[0] != p.shape[0]:
@@ -479,7 +472,7 @@ def _array(x: Any, name: str, *, of_labels: bool = False) -> Any:
     from array_api_compat import is_cupy_array, is_torch_array
 
     if hasattr(x, "__array_namespace__") or is_torch_array(x) or is_cupy_array(x):
-        return owner_of(x, name).view(x, name)
+        return library_of(x, name).view(x, name)
     array = check.from_list(x, name)
     # of a list with text, NumPy makes text of everything: None and NaN would be classes
     return np.asarray(x, object) if of_labels and array.dtype.kind in "US" and not hasattr(x, "dtype") else array
@@ -493,7 +486,7 @@ def _class_labels(x: Array, name: str, weights: Array | None = None) -> Array:
         if len(kinds := set(map(type, x))) == 1 and kinds <= {bool, int, float, str}:
             x = np.asarray(x.tolist())
     x = widen(_without_bfloat16(x))
-    if "complex" in check.dtype_name(x.dtype):
+    if "complex" in dtype_name(x.dtype):
         raise TypeError(
             f"{name} has dtype {x.dtype}: expected numbers that are whole, text, or anything else that sorts"
         )
@@ -543,7 +536,7 @@ def _is_missing(label: Any) -> bool:
 def _row_weights(xp: Any, p: Array, sample_weight: Any) -> Array:
     """Return the checked weights, one a row."""
     s = check.of_dtype(_array(sample_weight, "sample_weight"), "sample_weight", *check.NUMBERS)
-    check.values(owner_of(s, "sample_weight"), s, "sample_weight", *check.FINITE)
+    check.values(arrays_of(s, "sample_weight").engine, s, "sample_weight", *check.FINITE)
     if s.shape not in ((), p.shape[:1]):
         raise ValueError(f"sample_weight has shape {s.shape}: expected {p.shape[:1]}, one weight per row")
     s = s if namespace(s) is xp else xp.asarray(_without_bfloat16(s), device=device_of(p))
@@ -627,7 +620,7 @@ def _places(classes: Array, truth: Array, rows: slice, weights: Array | None) ->
 
 def _all_classes(xp: Any, found: Array, every: Array, n_classes: int) -> Array:
     """Return the classes of which only some were found in rows that count."""
-    kind = check.dtype_name(found.dtype)
+    kind = dtype_name(found.dtype)
     if kind == "bool":
         return xp.asarray([False, True])
     is_float = kind in check.FLOATS

@@ -11,17 +11,16 @@ from dataclasses import dataclass
 from functools import partial
 from numbers import Real
 from operator import attrgetter
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from xce import _check as check
-from xce._backends._scan import in_float64, is_label, parts, widen
-from xce._call import Array, row_call
-from xce._dispatch import described, owner_of
+from xce import _checks as check
+from xce._arrays import Array, described, dtype_name, in_float64, is_label, parts, widen
 from xce._errors import LabelError
+from xce._libraries import Arrays, arrays_of
 from xce._options import Reduction
+from xce._rows import row_call
 from xce.losses import cross_entropy
 
 __all__ = ["LossState"]
@@ -222,7 +221,8 @@ class LossState:
             As `cross_entropy`; or the classes do not lie within ``n_classes``, or some of them came before for some of
             the rows, or a row has another label or weight than in its other shards. Nothing is changed then.
         """
-        owner, x = _on_device(logits)
+        arrays = _on_device(logits)
+        x = arrays.first
         if not x.shape or not x.shape[-1]:
             raise ValueError(f"logits has shape {x.shape}: expected (..., width), with at least one class")
         width, rows = x.shape[-1], x.shape[:-1]
@@ -245,13 +245,13 @@ class LossState:
         stop = first + n_rows
         if is_whole:
             self._check_classes(first, stop, [(start, start + width)], self._finished)
-            sums = self._whole_sums(owner, x, target, s)
+            sums = self._whole_sums(arrays, x, target, s)
             self._finish(first, stop, row_offset is not None, *sums)
         else:
             block = _Block(first, row_offset is not None, y.ravel(), in_float64(s).ravel(), [], 0)
             self._check_classes(first, stop, [(start, start + width)], self._finished)
             self._check_targets(block)
-            block.add(self._whole_piece(owner, x, y, start))
+            block.add(self._whole_piece(arrays, x, y, start))
             self._join(block)
         return self
 
@@ -341,40 +341,40 @@ class LossState:
 
     # ------------------------------------------------------------------------------------------------------------
 
-    def _whole_losses(self, owner: ModuleType, x: Array, y: np.ndarray, sample_weight: np.ndarray) -> np.ndarray:
-        own = partial(_beside, owner, x)
+    def _whole_losses(self, arrays: Arrays, x: Array, y: np.ndarray, sample_weight: np.ndarray) -> np.ndarray:
+        own = partial(_beside, arrays, x)
 
         def computed(x: Array) -> np.ndarray:
             losses = cross_entropy(
                 x, own(y), weight=own(self._weight), ignore_index=-1, label_smoothing=self.label_smoothing,
                 reduction="none",
             )  # fmt: skip
-            return _of_rows(owner, losses)
+            return _of_rows(arrays, losses)
 
         losses = computed(x)
         if np.isinf(losses).any():  # perhaps in float32 only
-            losses = np.where(np.isinf(losses), computed(_in_float64(owner, x)), losses)
+            losses = np.where(np.isinf(losses), computed(_in_float64(arrays, x)), losses)
         with np.errstate(all="ignore"):
             return np.where(y.ravel() < 0, 0.0, sample_weight * losses)
 
-    def _piece(self, owner: ModuleType, x: Array, y: np.ndarray, start: int) -> _Piece:
+    def _piece(self, arrays: Arrays, x: Array, y: np.ndarray, start: int) -> _Piece:
         stop = start + x.shape[-1]
         local = np.where((y >= start) & (y < stop), y - start, -1)
         weight = None if self._weight is None else self._weight[start:stop]
-        own = partial(_beside, owner, x)
-        call = row_call(owner, "state", "", 0.0, x, own(local), {"weight": own(weight), "ignore_index": -1})
-        top, rest, label_logit, linear = (_of_rows(owner, a) for a in owner.run(call))
+        own = partial(_beside, arrays, x)
+        call = row_call(arrays, "state", "", 0.0, x, own(local), {"weight": own(weight), "ignore_index": -1})
+        top, rest, label_logit, linear = (_of_rows(arrays, a) for a in arrays.engine.run(call))
         if self.label_smoothing and np.isinf(linear).any():  # perhaps in float32 only
-            wide = owner.run(call._replace(logits=_in_float64(owner, x)))
-            linear = np.where(np.isinf(linear), _of_rows(owner, wide[3]), linear)
+            wide = arrays.engine.run(call._replace(logits=_in_float64(arrays, x)))
+            linear = np.where(np.isinf(linear), _of_rows(arrays, wide[3]), linear)
         if (top == -np.inf).any():  # rows of -inf only add nothing, unless a NaN hides there, as logsumexp tells
             bare = call._replace(op="logsumexp", labels=None, weight=None)
-            empty = _of_rows(owner, owner.run(bare)) == -np.inf
+            empty = _of_rows(arrays, arrays.engine.run(bare)) == -np.inf
             rest[empty], linear[empty] = -1, 0
         return _Piece(start, stop, top, rest, label_logit, linear, _total(weight, stop - start))
 
     def _whole_sums(
-        self, owner: ModuleType, x: Array, target: Array, sample_weight: Array
+        self, arrays: Arrays, x: Array, target: Array, sample_weight: Array
     ) -> tuple[np.ndarray | None, _ExactSum, _ExactSum]:
         """The losses of whole rows, if they are kept, their sum and that of the denominator; a block at a time."""
         kept = np.empty(target.size) if self.keep_rows else None
@@ -388,7 +388,7 @@ class LossState:
                 _labels(target, x.shape, *options, sample_weight == 0)  # says where among all rows
                 raise
             s = s.ravel()
-            losses = self._whole_losses(owner, logits, y, s)
+            losses = self._whole_losses(arrays, logits, y, s)
             with np.errstate(all="ignore"):
                 denominator.add(self._weights_of(y.ravel()) * s)
             total.add(losses)
@@ -397,11 +397,11 @@ class LossState:
             at += y.size
         return kept, total, denominator
 
-    def _whole_piece(self, owner: ModuleType, x: Array, y: Array, start: int) -> _Piece:
+    def _whole_piece(self, arrays: Arrays, x: Array, y: Array, start: int) -> _Piece:
         """The same as `_piece`, a block of rows at a time."""
         columns, at = [np.empty(y.size) for _ in range(4)], 0
         for part in parts(y.shape, _ROWS):
-            piece = self._piece(owner, x[(*part, ...)], y[(*part, ...)], start)
+            piece = self._piece(arrays, x[(*part, ...)], y[(*part, ...)], start)
             for column, values in zip(columns, (piece.max, piece.rest, piece.label_logit, piece.linear), strict=True):
                 column[at : at + values.size] = values
             at += piece.max.size
@@ -595,28 +595,25 @@ def _exp_of_difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return corrected
 
 
-def _on_device(logits: Array) -> tuple[ModuleType, Array]:
-    """Return logits where they are, and the backend that has kernels for them: that of NumPy if no other."""
-    x = owner_of(logits, "logits").view(logits, "logits")
-    owner = owner_of(x, "logits")
-    if not hasattr(owner, "from_numpy"):
-        x = owner.to_numpy(x)
-        owner = owner_of(x, "logits")
-    return owner, x
+def _on_device(logits: Array) -> Arrays:
+    """Return logits, as they are computed on, where they are; on the host where only the reference computes."""
+    given = arrays_of(logits, "logits")
+    x = given.view_first()
+    return arrays_of(x if given.engine.HAS_KERNELS else given.engine.to_numpy(x), "logits")
 
 
 def _on_host(x: Array, name: str) -> np.ndarray:
     """What there is one of for each row, or class, as an array of NumPy."""
-    x = owner_of(x, name).view(x, name)
-    return widen(owner_of(x, name).to_numpy(x))  # type: ignore[no-any-return]
+    given = arrays_of(x, name)
+    return widen(given.engine.to_numpy(given.view_first()))  # type: ignore[no-any-return]
 
 
 def _class_weight(weight: Array, n_classes: int | None) -> np.ndarray:
     """A checked copy of the class weights."""
     w = np.array(_on_host(weight, "weight"))
-    if check.dtype_name(w.dtype) in check.INTEGERS:
+    if dtype_name(w.dtype) in check.INTEGERS:
         w = w.astype(np.float64)
-    return check.class_weight(owner_of(w, "weight"), w, w.size if n_classes is None else n_classes, True)  # type: ignore[no-any-return]
+    return check.class_weight(arrays_of(w, "weight").engine, w, w.size if n_classes is None else n_classes, True)  # type: ignore[no-any-return]
 
 
 def _row_weight(sample_weight: Any, rows: tuple[int, ...]) -> np.ndarray:
@@ -625,7 +622,7 @@ def _row_weight(sample_weight: Any, rows: tuple[int, ...]) -> np.ndarray:
         return np.broadcast_to(1.0, rows)
     s = np.asarray(sample_weight) if isinstance(sample_weight, Real) else _on_host(sample_weight, "sample_weight")
     s = check.of_dtype(s, "sample_weight", *check.NUMBERS)
-    check.values(owner_of(s, "sample_weight"), s, "sample_weight", *check.FINITE)
+    check.values(arrays_of(s, "sample_weight").engine, s, "sample_weight", *check.FINITE)
     return check.broadcast(s, "sample_weight", rows, "the rows")  # type: ignore[no-any-return]
 
 
@@ -634,7 +631,7 @@ def _labels(
 ) -> np.ndarray:
     """The checked labels, in int64; -1 where a row is ignored or removed."""
     y = np.asarray(target) if isinstance(target, Real) else _on_host(target, "target")
-    kind, rows = check.dtype_name(y.dtype), shape[:-1]
+    kind, rows = dtype_name(y.dtype), shape[:-1]
     is_float = kind in check.FLOATS
     if not (is_float or kind in (*check.INTEGERS, "int4", "uint4")) or (is_float and y.shape == shape):
         raise TypeError(f"target has dtype {kind} and shape {y.shape}: expected class indices of shape {rows}")
@@ -675,17 +672,17 @@ def _came_twice(classes: tuple[int, int], rows: tuple[int, int]) -> ValueError:
     return ValueError(f"{which} of rows {rows[0]}..{rows[1] - 1} came twice: pass row_offset to tell batches apart")
 
 
-def _beside(owner: ModuleType, x: Array, a: np.ndarray | None) -> Array:
+def _beside(arrays: Arrays, x: Array, a: np.ndarray | None) -> Array:
     """Return an array of the host where `x` is."""
-    return None if a is None else owner.from_numpy(a, x)
+    return None if a is None else arrays.engine.from_numpy(a, x)
 
 
-def _of_rows(owner: ModuleType, x: Array) -> np.ndarray:
-    return np.ravel(in_float64(owner.to_numpy(x)))
+def _of_rows(arrays: Arrays, x: Array) -> np.ndarray:
+    return np.ravel(in_float64(arrays.engine.to_numpy(x)))
 
 
-def _in_float64(owner: ModuleType, x: Array) -> Array:
-    return owner.from_numpy(in_float64(owner.to_numpy(x)), x)
+def _in_float64(arrays: Arrays, x: Array) -> Array:
+    return arrays.engine.from_numpy(in_float64(arrays.engine.to_numpy(x)), x)
 
 
 def _total(weight: np.ndarray | None, width: int) -> float:

@@ -50,7 +50,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 import xce
-from xce._backends import torch as backend
+from xce._libraries import torch as library
 from xce._options import Reduction
 
 __all__ = [
@@ -190,13 +190,13 @@ def _value_dtype(loss: _Loss, tensors: _Tensors) -> torch.dtype | None:
 
 def _has_kernels(x: Tensor) -> bool:
     """Whether there are kernels for the device of a tensor."""
-    return _has_cupy() if backend.is_on_cuda(x) else x.is_cpu
+    return _has_cupy() if library.is_on_cuda(x) else x.is_cpu
 
 
 @cache
 def _has_cupy() -> bool:
     try:
-        for name in ("xce._backends.cupy", "ml_dtypes"):
+        for name in ("xce._engines.cupy", "ml_dtypes"):
             import_module(name)
     except ImportError:
         return False
@@ -239,7 +239,7 @@ def _run(loss: _Loss, tensors: _Tensors, options: dict[str, Any], *, return_grad
     if loss.class_axis is not None:
         options["axis"] = loss.axis(x)
     # looking at the data would make the CPU wait for the GPU
-    return loss.ours(x, **tensors, **options, validate=not backend.is_on_cuda(x))
+    return loss.ours(x, **tensors, **options, validate=not library.is_on_cuda(x))
 
 
 # Autograd, in two nodes. `_Value` keeps the gradients and nothing else: the logits may be overwritten then, as with
@@ -323,8 +323,8 @@ def _product(vector: Tensor, gradient: Tensor) -> Tensor:
         return vector * gradient
     gradient = gradient.detach()
     if vector.ndim == 0:  # mostly 1: the loss is the root of the graph
-        if backend.is_on_cuda(vector):
-            product: Tensor = backend.scaled(gradient, vector.detach())
+        if library.is_on_cuda(vector):
+            product: Tensor = library.scaled(gradient, vector.detach())
             return product
         if vector.item() == 1:
             return gradient

@@ -98,7 +98,7 @@ cdef int kind_of(object array) except -1000:
     elif letter == b"b":
         return KIND_BOOL
     else:  # bfloat16, int4, uint4
-        from xce._backends._numbers import number_kind
+        from xce._engines.numbers import number_kind
         return number_kind(array.dtype)
     return kind if cnp.PyArray_ISNOTSWAPPED(a) else kind + KIND_SWAPPED
 

@@ -1,4 +1,4 @@
-/* What is computed, on which arrays: one argument of the kernels, filled in by xce/_backends/_cuda.py, which lists the same
+/* What is computed, on which arrays: one argument of the kernels, filled in by xce/_engines/cuda.py, which lists the same
  * fields in the same order. Every field has 8 bytes, so that nobody has to think of padding. */
 #ifndef XCE_JOB_H
 #define XCE_JOB_H

@@ -2,7 +2,7 @@
  * count, of which nothing is read. One kernel a module: XCE_COPY is SAME for numbers of XCE_BYTES that stay as they are, WIDEN for 16-bit
  * ones that become float32, NARROW for those that come from it. */
 
-/* Some rows of an array, as xce/_backends/_cuda_linear.py lists them: all its rows have one number, in C order. */
+/* Some rows of an array, as xce/_engines/cuda_linear.py lists them: all its rows have one number, in C order. */
 typedef struct {
     char *data;                        /* NULL: there is none */
     int64_t columns;                   /* bytes from a column to the next */

@@ -20,7 +20,7 @@ template <int GROUP, int CLUSTER, int LEVEL> XCE_FN void all_rows(const row_job 
 }
 
 /* One kernel a module: XCE_GROUP threads share a row (1: classes with a stride), XCE_CLUSTER blocks, at XCE_LEVEL. Which one a
- * row gets is decided in xce/_backends/_cuda.py. */
+ * row gets is decided in xce/_engines/cuda.py. */
 #if defined(XCE_GROUP)
 /* Threads that shall be resident on a multiprocessor: 768 leave each of them 80 registers, 512 leave 128. */
 #if XCE_LEVEL == 0

@@ -26,7 +26,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xce._check import counted
+from xce._checks import counted
 
 from ._errors import OneLineError, one_line
 from ._formats import FIRST_BYTES, describe, describe_zip

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import xce
-from xce._check import counted
+from xce._checks import counted
 
 from ._io import ArrayFile, InputError
 from ._stats import Calibration, Moments, Rows, WorstRows

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from xce._backends._cuda import Device, Module, storage_name
+from xce._engines.cuda import Device, Module, storage_name
 
 _JOB = np.dtype([("data", np.int64), ("factor", np.int64), ("n", np.int64)])  # scale_job of scale.cu
 _FILES = ("cuda/threads.h", "cuda/scale.cu")

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 
-from xce._backends import _viewed
-from xce._backends._scan import BFLOAT16
-from xce._backends._viewed import classes_left, scan_labels, scan_repetitions, scan_values
-from xce._check import NUMBERS, dtype_name
+from xce._arrays import BFLOAT16, dtype_name
+from xce._checks import NUMBERS
+from xce._engines import Engine
+from xce._libraries import numpy
 
-__all__ = [
-    "classes_left", "place", "run", "run_linear", "scan_labels", "scan_repetitions", "scan_values", "view", "wrap",
-]  # fmt: skip
+__all__ = ["CONVERSION", "IS_WRITABLE", "device", "engine", "place", "takes_numpy", "view", "wrap"]
+
+CONVERSION, IS_WRITABLE = "torch.as_tensor", True
+
+
+def engine(x: Any) -> Engine:
+    """Return what computes on the views of tensors where `x` is."""
+    return _cuda().engine if is_on_cuda(x) else numpy.engine(x)
+
+
+def device(x: Any) -> Any:
+    """Return the device of `x`."""
+    return x.device
+
+
+def takes_numpy(x: Any) -> bool:
+    """Return False."""
+    return False
 
 
 def place(x: Any) -> AbstractContextManager[Any] | None:
@@ -67,7 +82,7 @@ def _refusal(x: Any, name: str) -> str:
 
 def wrap(result: Any) -> Any:
     """Return `result` as a tensor that shares its memory."""
-    if not _is_of_numpy(result):
+    if not (type(result) is np.ndarray or isinstance(result, np.generic)):
         return _cuda().wrap(result)
     result = np.asarray(result)
     if result.dtype.kind == "V":
@@ -75,33 +90,13 @@ def wrap(result: Any) -> Any:
     return torch.from_numpy(result)
 
 
-def run(call: Any) -> Any:
-    """Compute a `Call` or an `ElementCall`."""
-    with _place_of_view(call.logits):
-        return _viewed.run(call)
-
-
-def run_linear(call: Any) -> Any:
-    """Compute a `LinearCall`."""
-    with _place_of_view(call.inputs):
-        return _viewed.run_linear(call)
-
-
 def scaled(x: Any, factor: Any) -> Any:
     """Return a CUDA tensor times a tensor of one number, in the memory of `x`; nobody waits for the number."""
     return _cuda().scaled(x, factor)
 
 
-def _is_of_numpy(x: Any) -> bool:
-    return type(x) is np.ndarray or isinstance(x, np.generic)
-
-
-def _place_of_view(x: Any) -> AbstractContextManager[Any]:
-    return nullcontext() if _is_of_numpy(x) else _cuda().place(x.device.id) or nullcontext()
-
-
 def _cuda() -> ModuleType:
     """What needs CuPy."""
-    from xce._backends import _torch_cuda
+    from xce._libraries import torch_cuda
 
-    return _torch_cuda
+    return torch_cuda

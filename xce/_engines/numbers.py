@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from xce._backends._scan import BFLOAT16
+from xce._arrays import BFLOAT16
 from xce._core import LIMITS_OF_FLOAT32
 from xce._options import Numbers
 

@@ -1,4 +1,4 @@
-"""CuPy arrays: their memory, and the kernels of `_cuda` compiled by NVRTC."""
+"""The kernels of a GPU, on arrays of CuPy: `cuda` chooses them, NVRTC compiles them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ except ImportError as missing:
         "computing on a GPU takes the arrays of CuPy, which is missing: pip install 'xce[cuda13]'"
     ) from missing
 
-from xce._backends import _cuda, _cuda_linear, _cuda_scale
-from xce._backends._scan import scan_repetitions
 from xce._call import LinearCall
+from xce._engines import cuda as _cuda
+from xce._engines import cuda_linear as _cuda_linear
+from xce._engines import cuda_scale as _cuda_scale
+from xce._engines.scan import scan_repetitions
 
 __all__ = [
-    "classes_left", "from_numpy", "place", "run", "run_linear", "scan_labels", "scan_repetitions", "scan_values",
-    "to_numpy", "view", "wrap",
+    "HAS_KERNELS", "classes_left", "from_numpy", "run", "run_linear", "scan_labels", "scan_repetitions", "scan_values",
+    "to_numpy",
 ]  # fmt: skip
+
+HAS_KERNELS = True
 
 # The same bits as on a CPU as far as they go: nothing is contracted. CuPy adds -ftz=true, so subnormals are 0.
 OPTIONS = ("-std=c++20", "--fmad=false")
@@ -108,34 +112,16 @@ def _function(module: _cuda.Module, kernel: str, number: int) -> Any:
     return function
 
 
-def place(x: Any) -> AbstractContextManager[Any] | None:
-    """Return the context of the device of `x`, or None if it is the current one."""
-    _current_number()
-    return place_of(x.device.id)
-
-
 def place_of(number: int) -> AbstractContextManager[Any] | None:
     """Return the context of a device, or None if it is the current one."""
-    return None if number == _current_number() else cupy.cuda.Device(number)
+    return None if number == current_number() else cupy.cuda.Device(number)
 
 
-def _current_number() -> int:
+def current_number() -> int:
     try:
         return int(cupy.cuda.runtime.getDevice())
     except cupy.cuda.runtime.CUDARuntimeError as error:
         raise ImportError("to compute on the arrays of CuPy takes a GPU: is its driver installed?") from error
-
-
-def view(x: Any, name: str) -> Any:
-    """Return `x`."""
-    if any(place % x.itemsize for place in (x.data.ptr, *x.strides)):  # to read it would end the context
-        raise ValueError(f"{name} does not lie at multiples of {x.itemsize} bytes, the size of an entry: copy it")
-    return x
-
-
-def wrap(result: Any) -> Any:
-    """Return `result`: it already is an array of CuPy."""
-    return result
 
 
 def to_numpy(x: Any) -> Any:

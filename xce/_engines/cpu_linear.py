@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from xce._backends import _scan
-from xce._backends import numpy as backend
-from xce._backends._numbers import is_beyond
+from xce._arrays import is_label, widen
 from xce._call import Call, LinearCall
+from xce._engines import cpu
+from xce._engines.numbers import is_beyond
 
 # Tuning, measured on two cores of an AMD EPYC (Zen 4) with OpenBLAS, float32, width 512, 32000 classes: milliseconds of
 # value and both gradients of 512 rows, over those of the three bare products.
@@ -56,10 +56,10 @@ def _loss(call: LinearCall, dtype: np.dtype[Any], denominator: float, layer: _La
         x = _matrix(inputs[which], dtype)
         g = chunk[: len(x)]
         layer.forward(x, g)
-        s = np.full(len(x), share) if weights is None else backend._cast(weights, dtype) * share
+        s = np.full(len(x), share) if weights is None else cpu._cast(weights, dtype) * share
         s = s.astype(dtype, copy=False)
         s[s == 0] = np.finfo(dtype).smallest_subnormal  # these rows count
-        losses = backend.run(loss._replace(
+        losses = cpu.run(loss._replace(
             logits=g, axis=1, labels=y, probabilities=q, sample_weight=s, reduction="none",
             where=left, grad_out=g if loss.return_grad else None,
         ))[0]  # fmt: skip
@@ -87,11 +87,11 @@ def _counted(
     kept = np.ones(part.stop - part.start, np.bool_)
     if labels is not None:
         labels = labels.copy()  # read once: another thread may change them
-        kept = ~_scan.is_label(labels, ignore_index)
+        kept = ~is_label(labels, ignore_index)
     if sample_weight is not None:
-        kept &= _scan.widen(sample_weight) != 0
+        kept &= widen(sample_weight) != 0
     if where is not None:
-        kept &= backend.classes_left(where, 1)
+        kept &= cpu.classes_left(where, 1)
     if kept.all():
         return part, labels, probabilities, sample_weight, where
     own = (None if a is None else a[kept] for a in (labels, probabilities, sample_weight, where))
@@ -102,17 +102,17 @@ def _outputs(call: LinearCall) -> Iterator[Any]:
     """The buffers of the three gradients, or None."""
     for array, buffer in zip((call.inputs, call.weight, call.bias), call.grad_out, strict=True):
         is_missing = call.loss.return_grad and array is not None and buffer is None
-        yield backend._like(array) if is_missing else buffer
+        yield cpu._like(array) if is_missing else buffer
 
 
 def _precision(loss: Call) -> tuple[np.dtype[Any], float]:
     """The dtype to compute in, and the denominator of the whole call; float64 also for what float32 cannot hold."""
-    dtype = np.dtype("float64" if loss.logits.dtype == np.float64 or backend._is_beyond_float32(loss) else "float32")
+    dtype = np.dtype("float64" if loss.logits.dtype == np.float64 or cpu._is_beyond_float32(loss) else "float32")
     if loss.reduction != "mean":
         return dtype, 1.0
-    kernels, _ = backend._load(dtype)
-    weight = None if loss.weight is None else np.ascontiguousarray(backend._cast(loss.weight, dtype))
-    denominator = backend._denominator(kernels, loss, weight)
+    kernels, _ = cpu._load(dtype)
+    weight = None if loss.weight is None else np.ascontiguousarray(cpu._cast(loss.weight, dtype))
+    denominator = cpu._denominator(kernels, loss, weight)
     return np.dtype("float64") if is_beyond(denominator) else dtype, denominator
 
 
@@ -132,7 +132,7 @@ class _Layer:
 
     def __init__(self, call: LinearCall, dtype: np.dtype[Any], d_weight: Any, d_bias: Any) -> None:
         self.weight, self.dtype, self.d_weight, self.d_bias = call.weight, dtype, d_weight, d_bias
-        self.bias = None if call.bias is None else backend._cast(call.bias, dtype)
+        self.bias = None if call.bias is None else cpu._cast(call.bias, dtype)
         n_classes, width = self.weight.shape
         self.all = [slice(0, n_classes)]
         step = max(SLICE_BYTES // (max(width, 1) * dtype.itemsize), 1)
@@ -163,7 +163,7 @@ class _Layer:
             if is_direct:
                 continue
             if not self.is_first:
-                product += backend._cast(into, self.dtype)
+                product += cpu._cast(into, self.dtype)
             into[...] = _stored(product, into.dtype)
         if self.bias_sum is not None:
             self.bias_sum += np.matmul(np.ones(len(x), self.dtype), g)
@@ -228,7 +228,7 @@ def _is_direct(x: Any, dtype: np.dtype[Any]) -> bool:
 
 def _matrix(x: Any, dtype: np.dtype[Any]) -> Any:
     """`x` as BLAS reads it."""
-    x = backend._cast(x, dtype)
+    x = cpu._cast(x, dtype)
     return x if _is_direct(x, dtype) else x.copy(order="C")
 
 
@@ -239,4 +239,4 @@ def _stored(x: Any, dtype: np.dtype[Any]) -> Any:
     if dtype == np.float16 and x.dtype == np.float32:
         # NumPy takes 70 ns for what it rounds to a subnormal float16, to report the underflow: do that rounding here
         x = np.where(np.abs(x) < 2.0**-14, (x + 0.75) - 0.75, x)
-    return backend._narrow(x, None, np.empty(x.shape, dtype))
+    return cpu._narrow(x, None, np.empty(x.shape, dtype))

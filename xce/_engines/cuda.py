@@ -1,6 +1,6 @@
 """Losses on a GPU: which kernel computes a call, and the one argument that tells it everything.
 
-Nothing here touches a GPU: a `Device` has the memory and launches the kernels. That of `xce._backends.cupy` is CuPy;
+Nothing here touches a GPU: a `Device` has the memory and launches the kernels. That of `xce._engines.cupy` is CuPy;
 the tests have one that runs the same kernels on the CPU.
 """
 
@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 import xce
-from xce._backends._numbers import (
+from xce._call import Call, ElementCall, LogitStats
+from xce._engines.numbers import (
     FLOAT32,
     FLOAT32_ABOVE,
     FLOAT32_BELOW,
@@ -33,8 +34,6 @@ from xce._backends._numbers import (
     number_kind,
     unbounded,
 )
-from xce._call import Call, LogitStats
-from xce._elements import ElementCall
 from xce._options import NUMBERS
 
 

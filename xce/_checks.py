@@ -1,4 +1,4 @@
-"""The checks of `_call.normalise` off its straight line: each coerces an argument, or explains what is wrong.
+"""The checks of arguments: each coerces an argument, or explains what is wrong.
 
 Every message names the argument, what was received and what is allowed; for data, the first bad index and its
 value.
@@ -11,18 +11,16 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
-from types import ModuleType
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy import ndarray
 from numpy.exceptions import AxisError, TooHardError
 
-from xce._backends._scan import BFLOAT16, widen
-from xce._dispatch import described, device_of, namespace, view
+from xce._arrays import BFLOAT16, Array, described, device_of, dtype_name, dtype_text, namespace, native, widen
+from xce._engines import Engine
 from xce._errors import LabelError
-
-Array: TypeAlias = Any  # an array of any library that `_dispatch` knows
+from xce._libraries import Arrays
 
 REDUCTIONS = ("mean", "sum", "none")
 DIVERGENCES = ("forward", "reverse", "js")
@@ -40,31 +38,12 @@ LABELS = (*INTEGERS, "int4", "uint4", *FLOATS)  # class indices; of floats, thos
 # Arrays
 
 
-def dtype_name(dtype: Any) -> str:
-    """Return the name of a dtype of any library: ``"float32"``."""
-    if not isinstance(dtype, np.dtype):
-        return str(dtype).rpartition(".")[2]
-    return _dtype_names.get(dtype) or _dtype_names.setdefault(dtype, _dtype_text(native(dtype)))
-
-
-_dtype_names: dict[np.dtype[Any], str] = {}
-
-
-def _dtype_text(dtype: Any) -> str:
-    return "bfloat16" if isinstance(dtype, np.dtype) and dtype == BFLOAT16 else str(dtype)
-
-
 def from_list(x: Any, name: str) -> Array:
     """Return what NumPy makes of a list, or of anything else that it takes."""
     try:
         return np.asarray(x)
     except Exception as error:  # of whatever is in it
         raise TypeError(f"{name} is {described(x)} that is no array: expected entries in rows of one length") from error
-
-
-def native(dtype: Any) -> Any:
-    """Return a dtype with the byte order of the machine, in which results are."""
-    return dtype.newbyteorder("=") if isinstance(dtype, np.dtype) and not dtype.isnative else dtype
 
 
 def typed(x: Array, name: str, *allowed: str) -> Array:
@@ -77,7 +56,7 @@ def of_dtype(x: Array, name: str, *allowed: str) -> Array:
     """Return `x`, in whatever byte order, if it has one of the allowed dtypes."""
     if dtype_name(x.dtype) not in allowed:
         hint = _bfloat16_hint(x, name) if "bfloat16" in allowed else ""
-        raise TypeError(f"{name} has dtype {_dtype_text(x.dtype)}: expected {_either(allowed)}{hint}")
+        raise TypeError(f"{name} has dtype {dtype_text(x.dtype)}: expected {_either(allowed)}{hint}")
     return x
 
 
@@ -96,15 +75,15 @@ def _bfloat16_hint(x: Array, name: str) -> str:
     return f"; if it is bfloat16 from a file, pass {name}.view(ml_dtypes.bfloat16)" if is_void else ""
 
 
-def view_target(owner: ModuleType, first: Array, first_name: str, logits: Array, target: Array) -> Array:
-    """Return the target as `owner` computes on it; one label may be an integer, for logits of shape (C,)."""
-    if type(target) is not type(first) and isinstance(target, Integral) and not isinstance(target, bool):
+def view_target(arrays: Arrays, logits: Array, target: Array) -> Array:
+    """Return the target as it is computed on; one label may be an integer, for logits of shape (C,)."""
+    if type(target) is not type(arrays.first) and isinstance(target, Integral) and not isinstance(target, bool):
         if int(target) not in INT64:
             raise LabelError(
                 f"target = {number_text(target)} is out of range: expected a class, 0 or more, or ignore_index"
             )
         return namespace(logits).asarray(int(target))
-    return view(owner, first, target, "target", first_name)
+    return arrays.view(target, "target")
 
 
 def target_mode(
@@ -114,7 +93,7 @@ def target_mode(
     dtype, found = dtype_name(target.dtype), target.shape
     if dtype not in LABELS:
         raise TypeError(
-            f"target has dtype {_dtype_text(target.dtype)} and shape {found}: expected integers, or floats that are "
+            f"target has dtype {dtype_text(target.dtype)} and shape {found}: expected integers, or floats that are "
             f"whole numbers, of shape {rows} (class indices), or floats of shape {shape} (probabilities)"
             + _bfloat16_hint(target, "target")
         )
@@ -142,22 +121,20 @@ def _index_hint(found: tuple[int, ...], shape: tuple[int, ...], rows: tuple[int,
     return ""
 
 
-def class_weight(owner: ModuleType, weight: Array, n_classes: int, validate: bool) -> Array:
+def class_weight(engine: Engine, weight: Array, n_classes: int, validate: bool) -> Array:
     """Return the checked class weights."""
     weight = _floating(typed(weight, "weight", *NUMBERS))
     if weight.shape != (n_classes,):
         raise ValueError(f"weight has shape {weight.shape}: expected ({n_classes},), one weight per class")
     if validate:
-        values(owner, weight, "weight", *FINITE_NOT_NEGATIVE)
+        values(engine, weight, "weight", *FINITE_NOT_NEGATIVE)
     return weight
 
 
-def view_factors(owner: ModuleType, first: Array, first_name: str, like: Array, x: Any, name: str) -> Array:
-    """Return factors as `owner` computes on them; they may be one number for all, or None."""
-    if x is None:
-        return None
-    if type(x) is type(first) or not isinstance(x, Real | np.bool_):
-        return view(owner, first, x, name, first_name)
+def view_factors(arrays: Arrays, like: Array, x: Any, name: str) -> Array:
+    """Return factors as they are computed on; they may be one number for all."""
+    if type(x) is type(arrays.first) or not isinstance(x, Real | np.bool_):
+        return arrays.view(x, name)
     xp = namespace(like)
     try:
         number = float(x)
@@ -166,18 +143,18 @@ def view_factors(owner: ModuleType, first: Array, first_name: str, like: Array, 
     return xp.asarray(number, dtype=xp.float64, device=device_of(like))
 
 
-def row_weight(owner: ModuleType, weight: Array, rows: tuple[int, ...], validate: bool) -> Array:
+def row_weight(engine: Engine, weight: Array, rows: tuple[int, ...], validate: bool) -> Array:
     """Return the checked sample weights, broadcast to the rows."""
-    return broadcast(factors(owner, weight, "sample_weight", validate), "sample_weight", rows, "the rows")
+    return broadcast(factors(engine, weight, "sample_weight", validate), "sample_weight", rows, "the rows")
 
 
-def factors(owner: ModuleType, weight: Array, name: str, validate: bool) -> Array:
+def factors(engine: Engine, weight: Array, name: str, validate: bool) -> Array:
     """Return checked weights; those of samples may have any sign. The kernels of a CPU read numbers of any type."""
     weight = of_dtype(weight, name, *NUMBERS)
     if not isinstance(weight, ndarray):
         weight = _floating(weight)
     if validate:
-        values(owner, weight, name, *(FINITE if name == "sample_weight" else FINITE_NOT_NEGATIVE))
+        values(engine, weight, name, *(FINITE if name == "sample_weight" else FINITE_NOT_NEGATIVE))
     return weight
 
 
@@ -190,7 +167,7 @@ def _floating(weight: Array) -> Array:
 
 
 def sparse_teacher(
-    owner: ModuleType,
+    engine: Engine,
     indices: Array,
     teacher: Array,
     shape: tuple[int, ...],
@@ -216,24 +193,22 @@ def sparse_teacher(
     if validate:
         # ignoring a label that is a class ignores nothing
         allowed = shape[axis], 0
-        if (bad := _first_bad(owner, owner.scan_labels, indices, allowed, axis, *counting)) >= 0:
+        if (bad := _first_bad(engine, engine.scan_labels, indices, allowed, axis, *counting)) >= 0:
             place, label = _entry(indices, bad)
             raise LabelError(
                 f"teacher_indices{place} = {label} is out of range: labels of "
                 f"{counted(shape[axis], 'class', 'classes')} are 0..{shape[axis] - 1}"
             )
         sample_weight, where = counting
-        left = None if where is None else owner.classes_left(where, axis)
+        left = None if where is None else engine.classes_left(where, axis)
         weights = tuple(weight for weight in (sample_weight, left) if weight is not None)
-        _refuse_repetitions(owner, indices, shape[axis], axis, weights)
+        _refuse_repetitions(engine, indices, shape[axis], axis, weights)
     return indices
 
 
-def _refuse_repetitions(
-    owner: ModuleType, indices: Array, n_classes: int, axis: int, weights: tuple[Array, ...]
-) -> None:
+def _refuse_repetitions(engine: Engine, indices: Array, n_classes: int, axis: int, weights: tuple[Array, ...]) -> None:
     in_rows = namespace(indices).moveaxis(indices, axis, -1)
-    flat, label = owner.scan_repetitions(in_rows, n_classes, weights)
+    flat, label = engine.scan_repetitions(in_rows, n_classes, weights)
     if flat >= 0:
         row = [int(i) for i in np.unravel_index(flat, in_rows.shape[:-1])] if len(in_rows.shape) > 1 else []
         where = f" in row {row}" if row else ""
@@ -248,17 +223,15 @@ def broadcast(x: Array, name: str, shape: tuple[int, ...], what: str) -> Array:
     return namespace(x).broadcast_to(x, shape)
 
 
-def probabilities(
-    owner: ModuleType, target: Array, axis: int, sample_weight: Array | None, where: Array | None
-) -> None:
+def probabilities(engine: Engine, target: Array, axis: int, sample_weight: Array | None, where: Array | None) -> None:
     """Refuse what is no probability, in rows that count."""
     low, high, allowed = NOT_NEGATIVE
-    if (bad := _first_bad(owner, owner.scan_values, target, (low, high), axis, sample_weight, where)) >= 0:
+    if (bad := _first_bad(engine, engine.scan_values, target, (low, high), axis, sample_weight, where)) >= 0:
         raise _value_error(target, "target", bad, allowed)
 
 
 def labels(
-    owner: ModuleType,
+    engine: Engine,
     target: Array,
     n_classes: int,
     ignore_index: int,
@@ -268,12 +241,12 @@ def labels(
 ) -> None:
     """Refuse labels that are no classes, in rows that count."""
     allowed = n_classes, ignore_index
-    if (bad := _first_bad(owner, owner.scan_labels, target, allowed, axis, sample_weight, where)) >= 0:
+    if (bad := _first_bad(engine, engine.scan_labels, target, allowed, axis, sample_weight, where)) >= 0:
         raise label_error(target, bad, n_classes, ignore_index)
 
 
 def _first_bad(
-    owner: ModuleType,
+    engine: Engine,
     scan: Callable[..., int],
     x: Array,
     allowed: tuple[Any, ...],
@@ -286,7 +259,7 @@ def _first_bad(
     if bad < 0 or sample_weight is where is None:
         return bad
     xp = namespace(x)
-    left = None if where is None else owner.classes_left(where, axis)
+    left = None if where is None else engine.classes_left(where, axis)
     weights = [w for w in (sample_weight, left) if w is not None]
     if len(weights[0].shape) < len(x.shape):
         weights = [xp.broadcast_to(xp.expand_dims(w, axis=axis), x.shape) for w in weights]
@@ -294,7 +267,7 @@ def _first_bad(
 
 
 def values(
-    owner: ModuleType,
+    engine: Engine,
     x: Array,
     name: str,
     low: float,
@@ -303,7 +276,7 @@ def values(
     weights: tuple[Array, ...] = (),
 ) -> None:
     """Refuse NaN and entries outside low..high (None: infinite ones), but where one of the weights is 0."""
-    if (bad := owner.scan_values(x, low, high, weights)) >= 0:
+    if (bad := engine.scan_values(x, low, high, weights)) >= 0:
         raise _value_error(x, name, bad, allowed)
 
 
@@ -378,7 +351,7 @@ def buffer(
         raise ValueError(f"{key} has shape {out.shape}: expected {like.shape}, the shape of {name}")
     dtype = native(like.dtype)
     if out.dtype != dtype and not (or_float32 and dtype_name(out.dtype) == "float32"):
-        found, expected = _dtype_text(out.dtype), _dtype_text(dtype)
+        found, expected = dtype_text(out.dtype), dtype_text(dtype)
         alternative = " or float32" if or_float32 else ""
         order = "" if like.dtype == dtype else " in this machine's byte order"
         raise ValueError(f"{key} has dtype {found}: expected {expected}, the dtype of {name}{order}{alternative}")
@@ -474,7 +447,7 @@ def _of_the_dtype(x: Array, name: str, inputs: Array) -> Array:
     expected = dtype_name(inputs.dtype)
     if dtype_name(x.dtype) != expected:
         hint = _bfloat16_hint(x, name) if expected == "bfloat16" else ""
-        raise TypeError(f"{name} has dtype {_dtype_text(x.dtype)}: expected {expected}, the dtype of inputs{hint}")
+        raise TypeError(f"{name} has dtype {dtype_text(x.dtype)}: expected {expected}, the dtype of inputs{hint}")
     return x
 
 

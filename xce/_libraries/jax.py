@@ -2,27 +2,55 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
 from typing import Any
 
 import jax
 import numpy as np
 
-from xce._backends import _viewed
-from xce._backends._viewed import classes_left, scan_labels, scan_repetitions, scan_values
+from xce._engines import Engine
+from xce._libraries import numpy
 
-__all__ = [
-    "classes_left", "is_on_cpu", "place", "run", "run_linear", "scan_labels", "scan_repetitions", "scan_values",
-    "view", "wrap",
-]  # fmt: skip
+__all__ = ["CONVERSION", "IS_WRITABLE", "device", "engine", "place", "takes_numpy", "view", "wrap"]
 
+CONVERSION, IS_WRITABLE = "jax.numpy.asarray", False
 _CUDA = 2  # of DLPack
 
 
+def engine(x: Any) -> Engine:
+    """Return what computes on the views of arrays where `x` is."""
+    return _cupy() if _is_on_cuda(x) else numpy.engine(x)
+
+
 def place(x: Any) -> AbstractContextManager[Any] | None:
-    """Return the context of an array's device; None where there is none, or it is the current one."""
-    return _cupy().place_of(x.__dlpack_device__()[1]) if _is_on_cuda(x) else None
+    """Return the context of a GPU, which is left when it has computed; None on the CPU."""
+    return _entered(x.__dlpack_device__()[1]) if _is_on_cuda(x) else None
+
+
+@contextmanager
+def _entered(number: int) -> Iterator[None]:
+    """JAX has no stream to compute on for others, nor a way to tell it that one of theirs reads an array.
+
+    Once the caller drops it, its memory may be another array's at once.
+    """
+    cuda = _cupy().cupy.cuda
+    with cuda.Device(number):
+        try:
+            yield
+        finally:
+            cuda.get_current_stream().synchronize()
+
+
+def device(x: Any) -> Any:
+    """Return the device of `x`, or None if there are several."""
+    return None if isinstance(x.device, jax.sharding.Sharding) else x.device
+
+
+def takes_numpy(x: Any) -> bool:
+    """Return whether `x` is on the CPU."""
+    return is_on_cpu(x)
 
 
 def view(x: Any, name: str) -> Any:
@@ -54,16 +82,6 @@ def wrap(result: Any) -> Any:
     return jax.dlpack.from_dlpack(_Finished(result))
 
 
-def run(call: Any) -> Any:
-    """Compute a `Call` or an `ElementCall`."""
-    return _finished(_viewed.run(call), call.logits)
-
-
-def run_linear(call: Any) -> Any:
-    """Compute a `LinearCall`."""
-    return _finished(_viewed.run_linear(call), call.inputs)
-
-
 class _Finished:
     """An array of CuPy that nobody needs to wait for, to be handed over by DLPack."""
 
@@ -75,18 +93,6 @@ class _Finished:
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return self.array.__dlpack_device__()  # type: ignore[no-any-return]
-
-
-def _finished(result: Any, x: Any) -> Any:
-    """Return `result` when the GPU has computed it.
-
-    JAX has no stream to compute on for others, nor a way to tell it that one of theirs reads an array: once the caller
-    drops it, its memory may be another array's at once.
-    """
-    if type(x) is not np.ndarray:
-        with x.device:
-            _cupy().cupy.cuda.get_current_stream().synchronize()
-    return result
 
 
 def is_on_cpu(x: Any) -> bool:
@@ -107,6 +113,6 @@ def _is_on_cuda(x: Any) -> bool:
 
 
 def _cupy() -> ModuleType:
-    from xce._backends import cupy
+    from xce._engines import cupy
 
     return cupy

@@ -1,4 +1,4 @@
-"""Every array-API library that has no kernels: the reference computes."""
+"""The reference, which computes on arrays of any library."""
 
 from __future__ import annotations
 
@@ -7,23 +7,17 @@ from typing import Any
 import numpy as np
 
 from xce import _reference
-from xce._backends._numbers import fill, in_buffers
-from xce._backends._scan import classes_left, scan_labels, scan_repetitions, scan_values
+from xce._arrays import device_of, namespace
 from xce._call import Call, LinearCall
+from xce._engines.numbers import fill, in_buffers
+from xce._engines.scan import classes_left, scan_labels, scan_repetitions, scan_values
 
 __all__ = [
-    "classes_left", "place", "run", "run_linear", "scan_labels", "scan_repetitions", "scan_values", "to_numpy", "view",
-    "wrap",
+    "HAS_KERNELS", "classes_left", "from_numpy", "run", "run_linear", "scan_labels", "scan_repetitions", "scan_values",
+    "to_numpy",
 ]  # fmt: skip
 
-
-def place(x: Any) -> None:
-    """Return None: no device needs to be entered."""
-
-
-def view(x: Any, name: str) -> Any:
-    """Return `x`: the reference computes on the caller's own arrays."""
-    return x
+HAS_KERNELS = False
 
 
 def to_numpy(x: Any) -> Any:
@@ -31,9 +25,9 @@ def to_numpy(x: Any) -> Any:
     return np.asarray(x)
 
 
-def wrap(result: Any) -> Any:
-    """Return `result`: it already is of the caller's kind."""
-    return result
+def from_numpy(x: Any, like: Any) -> Any:
+    """Return `x` as an array where `like` is."""
+    return namespace(like).asarray(x, device=device_of(like))
 
 
 def run(call: Call) -> Any:

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from xce._backends import cupy as backend
-from xce._backends.cupy import cupy
-from xce._check import dtype_name
+from xce._arrays import dtype_name
+from xce._engines import cupy as engine
+from xce._engines.cupy import cupy
 
-__all__ = ["place", "scaled", "view", "wrap"]
+__all__ = ["engine", "place", "scaled", "view", "wrap"]
 
 
 def place(device: int) -> AbstractContextManager[None] | None:
@@ -62,7 +62,7 @@ def scaled(x: Any, factor: Any) -> Any:
     if not x.is_contiguous() or x.data_ptr() % 16:
         return x.mul_(factor)
     with place(x.get_device()) or nullcontext():
-        backend.scale(view(x), view(factor.double()))
+        engine.scale(view(x), view(factor.double()))
     return x
 
 

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from xce._backends import _cuda
-from xce._backends._cuda import AXES, Device, Module, Product
-from xce._backends._numbers import FLOAT32, FLOAT64, number_kind
 from xce._call import Call, LinearCall
+from xce._engines import cuda as _cuda
+from xce._engines.cuda import AXES, Device, Module, Product
+from xce._engines.numbers import FLOAT32, FLOAT64, number_kind
 
 # Rows of a chunk, for milliseconds of 8192 rows in bfloat16 as others measured them on an H200: 256 rows 53, 2048 37.7,
 # 4096 35.1. Not measured with these kernels yet.
@@ -31,7 +31,7 @@ CHUNK_ROWS = 4096
 CHUNK_SHARE = 32  # of the GPU's memory, for a chunk: 4.4 GB of an H200's, 5700 rows of 128256 classes in bfloat16
 ALIGNED_BYTES = 16  # of the rows of what is allocated here: what tensor cores want, and loads of 16 bytes
 COPY_TURNS = 4  # TURNS of linear.cu
-FLOAT32_BELOW = 2**31 - 1  # sizes in BLAS
+LARGEST = 2**31 - 1  # sizes in BLAS
 _FILES = (*_cuda.COMMON, "cuda/linear.cu")
 
 # fmt: off
@@ -115,7 +115,7 @@ def _chunk_rows(call: LinearCall, device: Device) -> int:
     *rows, n_classes = map(int, call.loss.logits.shape)
     n_rows = max(math.prod(rows), 1)
     if call.chunk_rows is not None:
-        return min(call.chunk_rows, n_rows, FLOAT32_BELOW)
+        return min(call.chunk_rows, n_rows, LARGEST)
     scalar, dtype, probabilities = _scalar(call.loss), call.inputs.dtype, call.loss.probabilities
     per_class = scalar.itemsize
     if call.loss.return_grad and dtype != scalar:
@@ -220,7 +220,7 @@ def _lies(x: Any) -> Any:
     for by_rows in (True, False):
         (n_lines, n), (step, within) = (x.shape, x.strides) if by_rows else (x.shape[::-1], x.strides[::-1])
         ld, rest = divmod(step, size) if n_lines > 1 else (max(n, 1), 0)
-        if (within == size or n <= 1) and rest == 0 and max(n, 1) <= ld <= FLOAT32_BELOW:
+        if (within == size or n <= 1) and rest == 0 and max(n, 1) <= ld <= LARGEST:
             return by_rows, ld
     return None
 

@@ -1,4 +1,4 @@
-"""NumPy arrays: allocate the results and hand everything to the compiled kernels."""
+"""The kernels of a CPU, on arrays of NumPy."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from xce import _cpu, _threads
-from xce._backends import _scan
-from xce._backends._numbers import (
+from xce._arrays import BFLOAT16, dtype_name, widen
+from xce._call import Call, ElementCall, LinearCall, LogitStats
+from xce._engines.numbers import (
     FLOAT32,
     FLOAT32_ABOVE,
     FLOAT32_BELOW,
@@ -22,14 +23,13 @@ from xce._backends._numbers import (
     is_steep,
     unbounded,
 )
-from xce._call import Call, LinearCall, LogitStats, dtype_name
-from xce._elements import ElementCall
 
 __all__ = [
-    "classes_left", "from_numpy", "place", "run", "run_linear", "scan_labels", "scan_repetitions", "scan_values",
-    "to_numpy", "view", "wrap",
+    "HAS_KERNELS", "classes_left", "from_numpy", "run", "run_linear", "scan_labels", "scan_repetitions", "scan_values",
+    "to_numpy",
 ]  # fmt: skip
 
+HAS_KERNELS = True
 # what `run` of the kernels is to compute
 _WHAT = {
     "loss": 0, "distillation": 0, "softmax": 1, "log_softmax": 2, "logsumexp": 3, "stats": 4, "state": 5, "nll": 6
@@ -45,15 +45,6 @@ _SUMMED = 1 << 24  # rows whose weights are added up at a time: a part of the bi
 _KERNELS: dict[np.dtype[Any], tuple[ModuleType, np.dtype[Any]]] = {}
 
 
-def place(x: Any) -> None:
-    """Return None: no device needs to be entered."""
-
-
-def view(x: Any, name: str) -> Any:
-    """Return `x` as a plain array: the base array of a subclass, the 0-d array of a NumPy scalar."""
-    return np.asarray(x)
-
-
 def to_numpy(x: Any) -> Any:
     """Return `x`."""
     return x
@@ -62,11 +53,6 @@ def to_numpy(x: Any) -> Any:
 def from_numpy(x: Any, like: Any) -> Any:
     """Return `x`."""
     return x
-
-
-def wrap(result: Any) -> Any:
-    """Return `result`, a NumPy scalar instead of a 0-d array."""
-    return result[()] if isinstance(result, np.ndarray) and result.ndim == 0 else result
 
 
 def scan_labels(target: Any, n_classes: int, ignore_index: int, weights: tuple[Any, ...] = ()) -> int:
@@ -129,9 +115,9 @@ def run(call: Any) -> Any:
 
 def run_linear(call: LinearCall) -> Any:
     """Compute `call`."""
-    from xce._backends import _linear  # needs this module
+    from xce._engines import cpu_linear  # needs this module
 
-    return _linear.run(call)
+    return cpu_linear.run(call)
 
 
 def _load(dtype: np.dtype[Any]) -> tuple[ModuleType, np.dtype[Any]]:
@@ -232,7 +218,7 @@ def _narrow(x: Any, logits: Any, out: Any) -> Any:
     if out is None:
         out = np.empty_like(logits, subok=False)
     with np.errstate(all="ignore"):
-        if out.dtype == _scan.BFLOAT16:
+        if out.dtype == BFLOAT16:
             bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
             rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
             out["bfloat16"] = np.where(np.isnan(x), (bits >> 16) | 0x40, rounded)
@@ -294,7 +280,7 @@ def _cast(x: Any, dtype: np.dtype[Any]) -> Any:
     if x.dtype == dtype:
         return x
     with np.errstate(all="ignore"):
-        return _scan.widen(x).astype(dtype)
+        return widen(x).astype(dtype)
 
 
 def _state(call: Call, kernels: ModuleType, scalar: np.dtype[Any]) -> tuple[Any, Any, Any, Any]:
