@@ -221,6 +221,7 @@ class Emulated(emulated.Emulated):
     """Kernels on memory from CuPy's allocator."""
 
     def __init__(self, number: int) -> None:
+        super().__init__()
         self.number = number
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:

@@ -17,8 +17,11 @@ import numpy as np
 
 from xce._engines import cuda as _cuda
 from xce._engines import cuda_linear as _cuda_linear
+from xce._engines import scan
+from xce._engines.device import Module, Product
 
 HAS_KERNELS = True
+scan_repetitions = scan.scan_repetitions  # which has no kernel
 
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 FLAGS = ["-std=c++20", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-mfma", "-fno-strict-aliasing", "-w"]
@@ -47,7 +50,7 @@ ARRAYS = ("scan", "convert", "sum_numbers", "mean_of_rows")
 
 
 @cache
-def library(module: _cuda.Module) -> ctypes.CDLL:
+def library(module: Module) -> ctypes.CDLL:
     definitions = dict(module.definitions)
     definitions.pop("XCE_PHI", None)  # one library for all losses
     definitions.pop("XCE_WHAT", None)
@@ -96,6 +99,9 @@ class Emulated:
     sum_blocks = 3
     sum_threads = 32
 
+    def __init__(self) -> None:
+        self.plans: dict[Any, Any] = {}
+
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         with np.errstate(all="ignore"):  # NaN, as bfloat16
             return np.full(shape, 7 if np.dtype(dtype).kind in "biu" else np.nan, dtype)
@@ -108,21 +114,25 @@ class Emulated:
     def to_numpy(self, x: Any) -> Any:
         return x.copy()
 
-    def gemm(self, product: _cuda.Product) -> None:
+    def gemm(self, product: Product) -> None:
         assert product.alpha != 0
         assert product.dtype == product.out_dtype or (product.dtype.itemsize, product.out_dtype) == (2, np.float32)
         blas(*product)
 
-    def launch(
-        self, module: _cuda.Module, kernel: str, grid: int, block: tuple[int, int], shared: int, job: Any
-    ) -> None:
+    def load(self, module: Module, name: str) -> Any:
+        lib, cluster = library(module), int(dict(module.definitions).get("XCE_CLUSTER", 1))
+
+        def kernel(grid: int, block: tuple[int, int], shared: int, job: Any) -> None:
+            assert lib[f"size_{name}"]() == job.nbytes
+            lib[f"launch_{name}"](
+                ctypes.c_void_p(job.ctypes.data), grid, block[0], block[1], cluster, ctypes.c_size_t(shared)
+            )
+
+        return kernel
+
+    def launch(self, kernel: Any, grid: int, block: tuple[int, int], shared: int, job: Any) -> None:
         assert 0 < grid < 1 << 31, "an error on a GPU"
-        lib = library(module)
-        assert lib[f"size_{kernel}"]() == job.nbytes
-        cluster = int(dict(module.definitions).get("XCE_CLUSTER", 1))
-        lib[f"launch_{kernel}"](
-            ctypes.c_void_p(job.ctypes.data), grid, block[0], block[1], cluster, ctypes.c_size_t(shared)
-        )
+        kernel(grid, block, shared, job)
 
 
 DEVICE = Emulated()

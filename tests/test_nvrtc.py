@@ -18,6 +18,7 @@ import pytest
 from xce._engines import cuda as _cuda
 from xce._engines import cuda_linear as _cuda_linear
 from xce._engines import cuda_scale as _cuda_scale
+from xce._engines.device import Module
 
 nvrtc = pytest.importorskip("cupy", reason="needs CuPy, to compile the kernels of CUDA").cuda.nvrtc
 
@@ -29,7 +30,7 @@ REGISTERS = 65536  # of a multiprocessor, of all these
 REGIME = ("XCE_GROUP", "XCE_CLUSTER", "XCE_THREADS")
 
 
-def pairs() -> Iterator[tuple[_cuda.Module, str, str]]:
+def pairs() -> Iterator[tuple[Module, str, str]]:
     """The modules, a kernel of each, and what it is compiled for."""
     turns: dict[Any, int] = {}
     for module, kernel in (*_cuda.modules(), *_cuda_linear.modules(), *_cuda_scale.modules()):
@@ -65,7 +66,7 @@ class Report(NamedTuple):
     cubin: bytes
 
 
-def compiled(module: _cuda.Module, arch: str) -> Report:
+def compiled(module: Module, arch: str) -> Report:
     """Compile a module as CuPy would."""
     program = nvrtc.createProgram(_cuda.source(module), "xce.cu", [], [])
     options = [f"--gpu-architecture=sm_{arch}", *OPTIONS, "-ftz=true", "--ptxas-options=-v"]
@@ -101,7 +102,7 @@ def reports(request: pytest.FixtureRequest) -> Iterator[dict[Any, Future[Report]
 
 
 @pytest.mark.parametrize(("module", "kernel", "arch"), CASES)
-def test_kernel_compiles(module: _cuda.Module, kernel: str, arch: str, reports: Any, record_property: Any) -> None:
+def test_kernel_compiles(module: Module, kernel: str, arch: str, reports: Any, record_property: Any) -> None:
     found = reports[module, arch].result()
     record_property("registers", found.registers)
     assert kernel.encode() in found.cubin
@@ -111,7 +112,7 @@ def test_kernel_compiles(module: _cuda.Module, kernel: str, arch: str, reports: 
     assert threads >= resident(module, arch), f"{found.registers} registers: only {threads} threads fit"
 
 
-def resident(module: _cuda.Module, arch: str) -> int:
+def resident(module: Module, arch: str) -> int:
     """How many threads of a module must fit on a multiprocessor."""
     definitions = dict(module.definitions)
     level = definitions.get("XCE_LEVEL", "elements" if "XCE_FORMULA" in definitions else "others")

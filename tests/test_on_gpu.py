@@ -14,7 +14,7 @@ from cases import CASE_OF, problem
 from checks import LAYOUTS, call, called_by, check_loss, check_maps, check_stats, dtype_of, misaligned
 
 import xce
-from xce import _check
+from xce import _checks
 from xce._engines import cuda as _cuda
 
 elsewhere = on_gpu.Elsewhere(on_gpu.Host())
@@ -216,7 +216,7 @@ def mirror() -> Iterator[on_gpu.Elsewhere]:
             return int(x.data.ptr)
 
     def memory(x: Any) -> np.ndarray:
-        """As `_check._memory`, whose way through the current stream needs a driver."""
+        """As `_checks._memory`, whose way through the current stream needs a driver."""
         if isinstance(x, np.ndarray):
             return x
         about = {"shape": x.shape, "strides": x.strides, "typestr": f"|V{x.itemsize}", "data": (x.data.ptr, False)}
@@ -224,7 +224,7 @@ def mirror() -> Iterator[on_gpu.Elsewhere]:
 
     with (
         cupy.cuda.using_allocator(allocate),
-        mock.patch.object(_check, "_memory", memory),
+        mock.patch.object(_checks, "_memory", memory),
         mock.patch.object(cupy.cuda, "Device", return_value=mock.MagicMock(id=0)),
         mock.patch.object(cupy.cuda.runtime, "getDevice", return_value=0),
         mock.patch.object(backend, "_device", return_value=Device()),

@@ -11,13 +11,15 @@ import re
 from collections.abc import Callable, Iterable
 from functools import cache
 from importlib.resources import files
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import xce
 from xce._call import Call, ElementCall, LogitStats
+from xce._engines.device import Device, Module
 from xce._engines.numbers import (
     FLOAT32,
     FLOAT32_ABOVE,
@@ -34,6 +36,7 @@ from xce._engines.numbers import (
     number_kind,
     unbounded,
 )
+from xce._engines.plans import planned, signature
 from xce._options import NUMBERS
 
 
@@ -95,54 +98,6 @@ ARRAY_JOB = np.dtype(
 )
 _IS_LABEL, _IS_WITHIN, _IS_BEYOND = range(3)  # what a scan asks
 # fmt: on
-
-
-class Module(NamedTuple):
-    """One compilation: the text of the kernels with these definitions."""
-
-    storage: str
-    files: tuple[str, ...]
-    definitions: tuple[tuple[str, str], ...] = ()
-
-
-class Product(NamedTuple):
-    """C = alpha A B + beta C as BLAS has it: columns lie side by side, from one to the next it is `ld` entries.
-
-    C is m by n, A is m by k, B is k by n; a transposed one lies there as its transpose. With beta = 0, C is not read.
-    """
-
-    transpose_a: bool
-    transpose_b: bool
-    m: int
-    n: int
-    k: int
-    alpha: float
-    a: int  # addresses
-    lda: int
-    b: int
-    ldb: int
-    beta: float
-    c: int
-    ldc: int
-    dtype: Any  # of A and B
-    out_dtype: Any  # of C: that, or float32 for 16-bit A and B; sums are of float32 then, too
-
-
-class Device(Protocol):
-    """Memory, and kernels that run on it."""
-
-    memory_bytes: int
-    shared_bytes: int  # of a block at most
-    has_clusters: bool
-    processors: int
-    sum_blocks: int  # that share a sum, and their threads: fixed, as they decide on its order
-    sum_threads: int
-
-    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any: ...
-    def pointer(self, x: Any) -> int: ...
-    def to_numpy(self, x: Any) -> Any: ...
-    def gemm(self, product: Product) -> None: ...
-    def launch(self, module: Module, kernel: str, grid: int, block: tuple[int, int], shared: int, job: Any) -> None: ...
 
 
 class Regime(NamedTuple):
@@ -269,7 +224,24 @@ def run(call: Any, device: Device) -> Any:
 def _run(call: Any, device: Device) -> Any:
     if call.logits.dtype != FLOAT64 and is_beyond_float32(call, device):
         return _in_wider(call, FLOAT64, device)
-    return _RUN[call.op](call, device)
+    arrays, decisions = _OF_ELEMENTS if call.op == "element" else _OF_ROWS
+    given = list(arrays(call))
+    key = *map(signature, given), decisions(call), _REGIMES, _CLUSTERS
+    return planned(device, key, given, lambda device: _RUN[call.op](call, device))
+
+
+# the arrays of a call, and all else that decides on what is computed
+_BUFFERS, _RETURNED = ("grad_out", "hess_out"), ("reduction", "return_grad", "return_hess")
+_OF_ROWS = (
+    attrgetter(
+        "logits", "labels", "probabilities", "teacher", "teacher_indices", "weight", "sample_weight", "where", *_BUFFERS
+    ),
+    attrgetter("op", "axis", "loss", "numbers", "ignore_index", *_RETURNED),
+)
+_OF_ELEMENTS = (
+    attrgetter("logits", "target", "weight", "pos_weight", "sample_weight", *_BUFFERS),
+    attrgetter("op", "axis", "formula", "params", *_RETURNED),
+)
 
 
 def _in_one_piece(call: Any, device: Device) -> Any:
@@ -401,7 +373,7 @@ def _rows(device: Device, call: Call, what: str, arrays: dict[str, Any]) -> None
     module = rows_module(storage_name(x), regime, level, _WHAT[what], int(job["phi"]), output)
     units = -(-int(job["n_rows"]) // groups)
     grid = min(units, device.processors * 2048 // regime.threads) * regime.cluster
-    device.launch(module, "rows", grid, (regime.group, groups), 16 * regime.threads * cached, job)
+    device.launch(device.load(module, "rows"), grid, (regime.group, groups), 16 * regime.threads * cached, job)
 
 
 def _level(job: Any, call: Call) -> int:
@@ -444,7 +416,7 @@ def _sum(
     partials = device.empty((device.sum_blocks,), np.float64)
     sizes = device.empty((device.sum_blocks,), np.float64) if loss is None else None
     job["partials"], job["sizes"] = device.pointer(partials), 0 if sizes is None else device.pointer(sizes)
-    device.launch(_sums(call.logits), "partial_sums", device.sum_blocks, (device.sum_threads, 1), 0, job)
+    device.launch(device.load(_sums(call.logits), "partial_sums"), device.sum_blocks, (device.sum_threads, 1), 0, job)
     _final_sum(device, call.logits, partials, result, loss, denominator, 1.0, sizes)
 
 
@@ -463,7 +435,7 @@ def _final_sum(
     for name, a in pointers.items():
         job[name] = 0 if a is None else device.pointer(a)
     job["n_partials"], job["factor"] = partials.size, factor
-    device.launch(_sums(logits), "final_sum", 1, (device.sum_threads, 1), 0, job)
+    device.launch(device.load(_sums(logits), "final_sum"), 1, (device.sum_threads, 1), 0, job)
 
 
 def _sums(logits: Any) -> Module:
@@ -513,7 +485,7 @@ def _elements(device: Device, arrays: dict[str, Any], call: ElementCall, denomin
     partials = device.empty((blocks,), np.float64)
     job["partials"] = device.pointer(partials)
     module = Module(storage_name(x), ELEMENTS, (("XCE_FORMULA", call.formula),))
-    device.launch(module, "elements", blocks, (device.sum_threads, 1), 0, job)
+    device.launch(device.load(module, "elements"), blocks, (device.sum_threads, 1), 0, job)
     return partials
 
 
@@ -584,15 +556,21 @@ def _scan(device: Device, what: int, x: Any, weights: tuple[Any, ...] = (), **al
         return -1
     if x.ndim > AXES:
         x, weights = x.reshape(-1), tuple(w.reshape(-1) for w in weights)
-    job, arrays = np.zeros((), ARRAY_JOB), dict(zip(("x", "weight", "sample"), (x, *weights), strict=False))
-    _enter_numbers(device, job, Rows((*x.shape, 1), x.ndim, arrays), arrays, FLOAT64)
-    job["what"] = what
-    for name, value in allowed.items():
-        job[name] = value
-    places = device.empty((_blocks(device, x.size),), np.int64)
-    job["out"]["data"] = device.pointer(places)
-    device.launch(ARRAYS, "scan", places.size, (device.sum_threads, 1), 0, job)
-    first = int(device.to_numpy(places).min())
+    arrays = dict(zip(("x", "weight", "sample"), (x, *weights), strict=False))
+
+    def places(device: Device) -> Any:
+        job, blocks = np.zeros((), ARRAY_JOB), _blocks(device, x.size)
+        _enter_numbers(device, job, Rows((*x.shape, 1), x.ndim, arrays), arrays, FLOAT64)
+        job["what"] = what
+        for name, value in allowed.items():
+            job[name] = value
+        first = device.empty((blocks,), np.int64)
+        job["out"]["data"] = device.pointer(first)
+        device.launch(device.load(ARRAYS, "scan"), blocks, (device.sum_threads, 1), 0, job)
+        return first
+
+    key = what, *map(signature, arrays.values()), *allowed.items()
+    first = int(device.to_numpy(planned(device, key, list(arrays.values()), places)).min())
     return first if first < x.size else -1
 
 
@@ -600,7 +578,7 @@ def convert(device: Device, x: Any, out: Any) -> Any:
     """Write the numbers of `x` into the array of floats `out`, and return that."""
     if x.size:
         job = _array_job(device, x, out)
-        device.launch(ARRAYS, "convert", _blocks(device, x.size), (device.sum_threads, 1), 0, job)
+        device.launch(device.load(ARRAYS, "convert"), _blocks(device, x.size), (device.sum_threads, 1), 0, job)
     return out
 
 
@@ -622,7 +600,7 @@ def _sum_of_weights(device: Device, x: Any) -> tuple[Any, int]:
     partials = device.empty((device.sum_blocks,), np.float64)
     job = _array_job(device, once)
     job["out"]["data"] = device.pointer(partials)
-    device.launch(ARRAYS, "sum_numbers", device.sum_blocks, (device.sum_threads, 1), 0, job)
+    device.launch(device.load(ARRAYS, "sum_numbers"), device.sum_blocks, (device.sum_threads, 1), 0, job)
     total = device.empty((1,), np.float64)
     _final_sum(device, x, partials, total, None, None, 1.0)
     return total, x.size // max(once.size, 1) or 1
@@ -637,7 +615,9 @@ def _mean(device: Device, x: Any, axis: int, dtype: np.dtype[Any]) -> Any:
         job = np.zeros((), ARRAY_JOB)
         _enter_numbers(device, job, rows, {"x": x, "out": out}, FLOAT64)
         job["classes"], job["n_classes"], job["lanes"] = rows.classes["x"], x.shape[axis], lanes
-        device.launch(ARRAYS, "mean_of_rows", _blocks(device, out.size * lanes), (device.sum_threads, 1), 0, job)
+        device.launch(
+            device.load(ARRAYS, "mean_of_rows"), _blocks(device, out.size * lanes), (device.sum_threads, 1), 0, job
+        )
     return out
 
 

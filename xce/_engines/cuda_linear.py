@@ -22,7 +22,8 @@ import numpy as np
 
 from xce._call import Call, LinearCall
 from xce._engines import cuda as _cuda
-from xce._engines.cuda import AXES, Device, Module, Product
+from xce._engines.cuda import AXES
+from xce._engines.device import Device, Module, Product
 from xce._engines.numbers import FLOAT32, FLOAT64, number_kind
 
 # Rows of a chunk, for milliseconds of 8192 rows in bfloat16 as others measured them on an H200: 256 rows 53, 2048 37.7,
@@ -348,7 +349,7 @@ def _copy(
     y = device.sum_threads // x
     tiles = -(-shape[0] // y) * -(-shape[1] // (x * side * COPY_TURNS))
     grid = min(tiles, device.processors * 2048 // device.sum_threads)
-    device.launch(_copier(dtypes[0], dtypes[-1]), "copy_rows", grid, (x, y), 0, job)
+    device.launch(device.load(_copier(dtypes[0], dtypes[-1]), "copy_rows"), grid, (x, y), 0, job)
 
 
 def _copier(source: Any, target: Any) -> Module:

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from xce._engines.cuda import Device, Module, storage_name
+from xce._engines.cuda import storage_name
+from xce._engines.device import Device, Module
 
 _JOB = np.dtype([("data", np.int64), ("factor", np.int64), ("n", np.int64)])  # scale_job of scale.cu
 _FILES = ("cuda/threads.h", "cuda/scale.cu")
@@ -24,7 +25,7 @@ def scale(x: Any, factor: Any, device: Device) -> None:
     job = np.zeros((), _JOB)
     job["data"], job["factor"], job["n"] = device.pointer(x), device.pointer(factor), x.size
     grid = min(-(-chunks // _THREADS), device.processors * _LANES // _THREADS)
-    device.launch(_module(storage_name(x)), "scale", grid, (_THREADS, 1), 0, job)
+    device.launch(device.load(_module(storage_name(x)), "scale"), grid, (_THREADS, 1), 0, job)
 
 
 def _module(storage: str) -> Module:

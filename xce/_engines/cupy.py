@@ -20,6 +20,7 @@ from xce._call import LinearCall
 from xce._engines import cuda as _cuda
 from xce._engines import cuda_linear as _cuda_linear
 from xce._engines import cuda_scale as _cuda_scale
+from xce._engines.device import Module, Product
 from xce._engines.scan import scan_repetitions
 
 __all__ = [
@@ -38,7 +39,7 @@ _SHARED_BYTES = 64 << 10  # of a block: three of them share a multiprocessor of 
 
 
 class _Device:
-    """A `_cuda.Device`: the current one of CuPy."""
+    """A `Device`: the current one of CuPy."""
 
     sum_blocks = 256
     sum_threads = 256
@@ -50,6 +51,7 @@ class _Device:
         self.has_clusters = int(device.compute_capability[:-1]) >= 9  # "90"; the attributes do not have it
         self.processors = device.attributes["MultiProcessorCount"]
         self._number = number
+        self.plans: dict[Any, Any] = {}
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         return cupy.empty(shape, dtype)
@@ -60,7 +62,7 @@ class _Device:
     def to_numpy(self, x: Any) -> Any:
         return cupy.asnumpy(x)
 
-    def gemm(self, product: _cuda.Product) -> None:
+    def gemm(self, product: Product) -> None:
         p, compute = product, np.float64 if product.out_dtype == np.float64 else np.float32
         kind, out_kind = _blas_type(p.dtype), _blas_type(p.out_dtype)
         alpha, beta = np.array(p.alpha, compute), np.array(p.beta, compute)  # read during the call
@@ -76,12 +78,13 @@ class _Device:
         finally:
             cublas.setMathMode(handle, mode)
 
-    def launch(
-        self, module: _cuda.Module, kernel: str, grid: int, block: tuple[int, int], shared: int, job: Any
-    ) -> None:
+    def load(self, module: Module, name: str) -> Any:
+        return _function(module, name, self._number)
+
+    def launch(self, kernel: Any, grid: int, block: tuple[int, int], shared: int, job: Any) -> None:
         # by value, as an array of no dimensions; of plain bytes, since CuPy takes every field of a structure apart
-        argument = job.view(f"V{job.nbytes}")
-        _function(module, kernel, self._number)((grid,), block, (argument,), shared_mem=shared)
+        argument = job.reshape(-1).view(f"V{job.nbytes}").reshape(())
+        kernel((grid,), block, (argument,), shared_mem=shared)
 
 
 def _blas_type(dtype: Any) -> int:
@@ -103,7 +106,7 @@ def _entered(x: Any) -> Iterator[_Device]:
 
 
 @cache
-def _function(module: _cuda.Module, kernel: str, number: int) -> Any:
+def _function(module: Module, kernel: str, number: int) -> Any:
     """A kernel, compiled for the current device, whose number this is."""
     function = cupy.RawModule(code=_cuda.source(module), options=OPTIONS).get_function(kernel)
     if _cuda.keeps_rows(module):  # once, not by every launch
