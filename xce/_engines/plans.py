@@ -18,7 +18,7 @@ _KEPT = 512  # plans of a device
 _ALIGNED = 256  # bytes: where the arrays of a scratch buffer begin
 # The upper half of a word of a job that stands for the address of an array, whose number is the lower half: as a float
 # it is a NaN, as an integer beyond all sizes.
-_TOKEN = 0x7FFA5CE0
+_TOKEN, _NUMBER = 0x7FFA5CE0, 0xFFFFFFFF
 
 
 class _Launch(NamedTuple):
@@ -26,36 +26,31 @@ class _Launch(NamedTuple):
     grid: int
     block: tuple[int, int]
     shared: int
-    words: np.ndarray[Any, Any]  # the job,
-    places: np.ndarray[Any, Any]  # where it has addresses,
-    numbers: np.ndarray[Any, Any]  # and those of which arrays: of the call's, then of those that were allocated
-
-    def run(self, device: Device, addresses: np.ndarray[Any, Any]) -> None:
-        job = self.words.copy()
-        job[self.places] = addresses[self.numbers]
-        device.launch(self.kernel, self.grid, self.block, self.shared, job)
+    job: slice  # of the words
 
 
 class _Plan(NamedTuple):
-    launches: list[_Launch]
-    allocated: list[tuple[tuple[int, ...], Any, int]]  # shape, dtype, and where in the scratch buffer; -1: is returned
+    launches: tuple[_Launch, ...]
+    words: np.ndarray[Any, Any]  # the jobs
+    places: np.ndarray[Any, Any]  # of addresses in them: so many bytes
+    offsets: np.ndarray[Any, Any]  # behind the beginning of which arrays:
+    numbers: np.ndarray[Any, Any]  # those of the call, those that are returned, and a scratch buffer
+    made: tuple[tuple[tuple[int, ...], Any], ...]  # shapes and dtypes of the second kind
     scratch: int  # bytes
-    kind: Callable[[tuple[Any, ...]], Any]  # of the result, which has arrays with these numbers
-    numbers: tuple[int | None, ...]
+    kind: Callable[[tuple[Any, ...]], Any]  # of the result, of arrays
+    result: tuple[int | None, ...]  # with these numbers
 
     def run(self, device: Device, given: list[Any], addresses: list[int]) -> Any:
-        arrays, start = given.copy(), 0
+        arrays = given + [device.empty(*made) for made in self.made]
+        addresses += map(device.pointer, arrays[len(given) :])
         if self.scratch:
             buffer = device.empty((self.scratch,), np.uint8)
-            start = device.pointer(buffer)
-        for shape, dtype, offset in self.allocated:
-            x = device.empty(shape, dtype) if offset < 0 else None
-            arrays.append(x)
-            addresses.append(start + offset if x is None else device.pointer(x))
-        of_arrays = np.array(addresses, np.int64)
-        for launch in self.launches:
-            launch.run(device, of_arrays)
-        return self.kind(tuple(None if i is None else arrays[i] for i in self.numbers))
+            addresses.append(device.pointer(buffer))
+        words = self.words.copy()
+        words[self.places] = np.array(addresses, np.int64)[self.numbers] + self.offsets
+        for kernel, grid, block, shared, job in self.launches:
+            device.launch(kernel, grid, block, shared, words[job])
+        return self.kind(tuple(None if i is None else arrays[i] for i in self.result))
 
 
 class _Notes:
@@ -67,7 +62,7 @@ class _Notes:
         self.has_clusters, self.processors = device.has_clusters, device.processors
         self.sum_blocks, self.sum_threads, self.plans = device.sum_blocks, device.sum_threads, device.plans
         self.numbers = {id(x): i for x, i in zip(given, same, strict=True)}
-        self.launches: list[_Launch] = []
+        self.launches: list[tuple[Any, ...]] = []
         self.is_constant = True
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -94,26 +89,38 @@ class _Notes:
         return self.device.load(module, name)
 
     def launch(self, kernel: Any, grid: int, block: tuple[int, int], shared: int, job: Any) -> None:
-        words = np.frombuffer(job.tobytes(), np.int64)
+        words = np.frombuffer(job.tobytes(), np.int64).copy()
+        self.launches.append((kernel, grid, block, shared, words.copy()))
         places = np.flatnonzero(words >> 32 == _TOKEN)
-        self.launches.append(_Launch(kernel, grid, block, shared, words, places, words[places] & 0xFFFFFFFF))
-        addresses = [0 if x is None else self.device.pointer(x) for x in self.arrays]
-        self.launches[-1].run(self.device, np.array(addresses, np.int64))
+        words[places] = [self.device.pointer(self.arrays[i]) for i in words[places] & _NUMBER]
+        self.device.launch(kernel, grid, block, shared, words)
 
     def plan(self, result: Any) -> _Plan | None:
         """Return the plan of what was done; None if another call of the kind may need something else."""
         parts = result if isinstance(result, tuple) else (result,)
-        numbers = tuple(None if x is None else self.numbers.get(id(x), -1) for x in parts)
-        if not self.is_constant or -1 in numbers:
+        returned = [None if x is None else self.numbers.get(id(x), -1) for x in parts]
+        if not self.is_constant or -1 in returned or not self.launches:
             return None
-        kind = getattr(type(result), "_make", tuple) if isinstance(result, tuple) else _only
-        allocated, scratch = [], 0
-        for i, x in enumerate(self.arrays[self.n_given :], self.n_given):
-            is_returned = i in numbers
-            allocated.append((x.shape, x.dtype, -1 if is_returned else scratch))
-            if not is_returned:
+        made = [i for i in range(self.n_given, len(self.arrays)) if i in returned]
+        number, offset, scratch = np.arange(len(self.arrays)), np.zeros(len(self.arrays), np.int64), 0
+        number[made] = self.n_given + np.arange(len(made))
+        for i, x in enumerate(self.arrays):
+            if i >= self.n_given and i not in made:
+                number[i], offset[i] = self.n_given + len(made), scratch
                 scratch += -(-math.prod(x.shape) * x.dtype.itemsize // _ALIGNED) * _ALIGNED
-        return _Plan(self.launches, allocated, scratch, kind, numbers)
+        launches, start = [], 0
+        for kernel, grid, block, shared, job in self.launches:
+            launches.append(_Launch(kernel, grid, block, shared, slice(start, start + job.size)))
+            start += job.size
+        words = np.concatenate([job for *_, job in self.launches])
+        places = np.flatnonzero(words >> 32 == _TOKEN)
+        arrays = words[places] & _NUMBER
+        return _Plan(
+            tuple(launches), words, places, offset[arrays], number[arrays],
+            tuple((self.arrays[i].shape, self.arrays[i].dtype) for i in made), scratch,
+            getattr(type(result), "_make", tuple) if isinstance(result, tuple) else _only,
+            tuple(None if i is None else int(number[i]) for i in returned),
+        )  # fmt: skip
 
 
 def _only(arrays: tuple[Any, ...]) -> Any:
