@@ -99,7 +99,7 @@ class _Loss(NamedTuple):
 
 def _cross_entropy(logits: Tensor, *, target: Tensor, ignore_index: int, **options: Any) -> Any:
     """Refuse what PyTorch refuses, and xce does not."""
-    if target.dtype in _FLOATS and ignore_index >= 0:
+    if ignore_index >= 0 and "float" in str(target.dtype):
         raise ValueError("probabilities with a class to ignore")
     return xce.cross_entropy(logits, target, ignore_index=ignore_index, **options)
 
@@ -166,31 +166,29 @@ def _value_dtype(loss: _Loss, tensors: _Tensors) -> torch.dtype | None:
     """Return the dtype of the loss if the kernels of xce can take the call, or None."""
     if _is_followed():
         return None
-    target, dtypes, devices = tensors["target"], set(), set()
+    first, target, dtypes = tensors["input"], tensors["target"], set()
+    is_enabled = torch.is_grad_enabled()
     for name, x in tensors.items():
         if x is None and name in _OPTIONAL:
             continue
-        if type(x) not in (Tensor, nn.Parameter) or not _has_kernels(x):
+        if type(x) is not Tensor and type(x) is not nn.Parameter:
             return None
-        devices.add(x.device)
-        if x.requires_grad and name not in loss.by and torch.is_grad_enabled():
+        if x.device != first.device:  # PyTorch refuses it, or takes a number on the CPU
             return None
-        if x is target and loss.has_labels and x.dtype in _FLOATS and x.ndim != tensors["input"].ndim:
-            return None  # labels among floats: xce takes them, PyTorch refuses
-        if x.dtype in _FLOATS:
-            dtypes.add(x.dtype)
-        elif not (x is target and loss.has_labels and x.dtype in _LABELS):
+        if is_enabled and x.requires_grad and name not in loss.by:
             return None
-    if len(devices) != 1:  # PyTorch refuses it, or takes a number on the CPU
+        dtype = x.dtype
+        if dtype in _FLOATS:
+            if x is target and loss.has_labels and x.ndim != first.ndim:
+                return None  # labels among floats: xce takes them, PyTorch refuses
+            dtypes.add(dtype)
+        elif not (x is target and loss.has_labels and dtype in _LABELS):
+            return None
+    if not (_has_cupy() if backend.is_on_cuda(first) else first.is_cpu):
         return None
-    if loss.is_autocast and torch.is_autocast_enabled(devices.pop().type) and torch.float64 not in dtypes:
+    if loss.is_autocast and torch.is_autocast_enabled(first.device.type) and torch.float64 not in dtypes:
         return torch.float32
     return dtypes.pop() if len(dtypes) == 1 else None  # of several, PyTorch promotes or refuses
-
-
-def _has_kernels(x: Tensor) -> bool:
-    """Whether there are kernels for the device of a tensor."""
-    return _has_cupy() if backend.is_on_cuda(x) else x.is_cpu
 
 
 @cache
@@ -226,20 +224,43 @@ def _by_xce(loss: _Loss, tensors: _Tensors, options: dict[str, Any], dtype: torc
     if not by or not torch.is_grad_enabled():
         value: Tensor = _run(loss, tensors, options).to(dtype)
         return value
-    call = _Call(loss, options, dtype, tuple(tensors), by)
-    value, *gradients = _Gradients.apply(call, *tensors.values())  # type: ignore[no-untyped-call]
-    return _Value.apply(call, value, gradients, *(tensors[name] for name in by))  # type: ignore[no-any-return, no-untyped-call]
+    call, values = _Call(loss, options, dtype, tuple(tensors), by), []
+    gradients = _Gradients.apply(call, values, *tensors.values())  # type: ignore[no-untyped-call]
+    return _Value.apply(call, values, gradients, *(tensors[name] for name in by))  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _run(loss: _Loss, tensors: _Tensors, options: dict[str, Any], *, return_grad: bool = False) -> Any:
     """Return what the function of xce returns."""
-    tensors = {name: x if x is None else x.detach() for name, x in tensors.items()}
-    x = tensors.pop("input")  # which has another name there
-    options = options | {"return_grad": return_grad, "n_threads": torch.get_num_threads()}
+    first = tensors["input"]
+    is_on_cuda = backend.is_on_cuda(first)
+    # the shortest way to the kernels is that of NumPy's arrays, which are never of bfloat16
+    is_numpy = not is_on_cuda and first.dtype is not torch.bfloat16
+    arrays: _Tensors = {}
+    for name, x in tensors.items():
+        if x is not None:
+            if x.requires_grad:
+                x = x.detach()
+            if is_numpy:
+                x = backend.view(x, name)
+        arrays[name] = x
     if loss.class_axis is not None:
-        options["axis"] = loss.axis(x)
-    # looking at the data would make the CPU wait for the GPU
-    return loss.ours(x, **tensors, **options, validate=not backend.is_on_cuda(x))
+        arrays["axis"] = loss.axis(first)
+    result = loss.ours(
+        arrays.pop("input"),  # which has another name there
+        **arrays,
+        **options,
+        return_grad=return_grad,
+        n_threads=torch.get_num_threads(),
+        validate=not is_on_cuda,  # looking at the data would make the CPU wait for the GPU
+    )
+    return _wrapped(result) if is_numpy else result
+
+
+def _wrapped(result: Any) -> Any:
+    """Return arrays of NumPy, in tuples or alone, as tensors."""
+    if type(result) is tuple:
+        return tuple(map(_wrapped, result))
+    return None if result is None else backend.wrap(result)
 
 
 # Autograd, in two nodes. `_Value` keeps the gradients and nothing else: the logits may be overwritten then, as with
@@ -257,10 +278,10 @@ class _Call(NamedTuple):
 
 
 class _Gradients(torch.autograd.Function):
-    """The value, as a constant, and the gradients, whose derivatives are taken from PyTorch."""
+    """The gradients, whose derivatives are taken from PyTorch; the value is added to a list."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, call: _Call, values: list[Tensor], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         ctx.call = call
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
@@ -270,13 +291,13 @@ class _Gradients(torch.autograd.Function):
             if x is not None and x.dtype == torch.float16:  # where small gradients underflow before any loss scale
                 named[name] = x.float()
         value, gradients = _run(call.loss, named, call.options, return_grad=True)
-        ctx.mark_non_differentiable(value)
+        values.append(value)
         if not isinstance(gradients, tuple):
-            gradients = (gradients,)
-        return value, *(g for name, g in zip(call.loss.by, gradients, strict=True) if name in call.by)
+            return (gradients,)
+        return tuple(g for name, g in zip(call.loss.by, gradients, strict=True) if name in call.by)
 
     @staticmethod
-    def backward(ctx: Any, _: None, *vectors: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *vectors: Tensor | None) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         tensors: _Tensors = dict(zip(call.names, ctx.saved_tensors, strict=True))
         with torch.enable_grad():
@@ -296,17 +317,17 @@ class _Gradients(torch.autograd.Function):
                 outputs, by, weights, create_graph=torch.is_grad_enabled(), materialize_grads=True
             )
         found = dict(zip(call.by, products, strict=True))
-        return None, *(found.get(name) for name in call.names)
+        return None, None, *(found.get(name) for name in call.names)
 
 
 class _Value(torch.autograd.Function):
     """The value, given the gradients: its backward pass is a product at most."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, value: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, call: _Call, values: list[Tensor], gradients: tuple[Tensor, ...], *inputs: Tensor) -> Tensor:
         ctx.axis = call.loss.axis(inputs[0])
         ctx.save_for_backward(*gradients)
-        return value.to(call.dtype, copy=True)  # the same tensor would be a view, not to be changed in place
+        return values.pop().to(call.dtype)
 
     @staticmethod
     def backward(ctx: Any, vector: Tensor) -> tuple[Tensor | None, ...]:
@@ -526,7 +547,7 @@ if hasattr(F, "linear_cross_entropy"):
         **options: Any,
     ) -> Any:
         """Refuse what PyTorch refuses, and xce does not; and gradients of parameters by row."""
-        if inputs.ndim > 2 or (target.dtype in _FLOATS and ignore_index is not None):
+        if inputs.ndim > 2 or ("float" in str(target.dtype) and ignore_index is not None):
             raise ValueError("more axes, or probabilities with a class to ignore")
         if return_grad and reduction == "none":
             raise ValueError("a loss for each row, of parameters that all rows share")
