@@ -79,6 +79,9 @@ _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _LABELS = {torch.int64, torch.uint8}
 _OPTIONAL = {"weight", "pos_weight", "linear_bias"}
 
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # by a transform of `torch.func`, which may be over
+
 _Tensors = dict[str, Any]  # by the name of the argument; None where none is given
 
 
@@ -97,11 +100,11 @@ class _Loss(NamedTuple):
         return -1 if self.class_axis and x.ndim == 1 else self.class_axis
 
 
-def _cross_entropy(logits: Tensor, *, target: Tensor, ignore_index: int, **options: Any) -> Any:
+def _cross_entropy(logits: Any, **given: Any) -> Any:
     """Refuse what PyTorch refuses, and xce does not."""
-    if ignore_index >= 0 and "float" in str(target.dtype):
+    if given["ignore_index"] >= 0 and "float" in str(given["target"].dtype):
         raise ValueError("probabilities with a class to ignore")
-    return xce.cross_entropy(logits, target, ignore_index=ignore_index, **options)
+    return xce.cross_entropy(logits, **given)
 
 
 def _kl_div(input: Tensor, target: Tensor, *, reduction: str, log_target: bool) -> Tensor:
@@ -166,16 +169,18 @@ def _value_dtype(loss: _Loss, tensors: _Tensors) -> torch.dtype | None:
     """Return the dtype of the loss if the kernels of xce can take the call, or None."""
     if _is_followed():
         return None
-    first, target, dtypes = tensors["input"], tensors["target"], set()
-    is_enabled = torch.is_grad_enabled()
+    first, target, dtypes, device = tensors["input"], tensors["target"], set(), None
+    is_grad_enabled = torch.is_grad_enabled()
     for name, x in tensors.items():
         if x is None and name in _OPTIONAL:
             continue
         if type(x) is not Tensor and type(x) is not nn.Parameter:
             return None
-        if x.device != first.device:  # PyTorch refuses it, or takes a number on the CPU
+        if device is None:
+            device = x.device
+        elif x.device != device:  # PyTorch refuses it, or takes a number on the CPU
             return None
-        if is_enabled and x.requires_grad and name not in loss.by:
+        if is_grad_enabled and x.requires_grad and (name not in loss.by or _is_wrapped(x)):
             return None
         dtype = x.dtype
         if dtype in _FLOATS:
@@ -184,9 +189,14 @@ def _value_dtype(loss: _Loss, tensors: _Tensors) -> torch.dtype | None:
             dtypes.add(dtype)
         elif not (x is target and loss.has_labels and dtype in _LABELS):
             return None
-    if not (_has_cupy() if backend.is_on_cuda(first) else first.is_cpu):
+    if device is None or not (_has_cupy() if backend.is_on_cuda(first) else first.is_cpu):
         return None
-    if loss.is_autocast and torch.is_autocast_enabled(first.device.type) and torch.float64 not in dtypes:
+    if (
+        _is_any_autocast_enabled()
+        and loss.is_autocast
+        and torch.is_autocast_enabled(device.type)
+        and torch.float64 not in dtypes
+    ):
         return torch.float32
     return dtypes.pop() if len(dtypes) == 1 else None  # of several, PyTorch promotes or refuses
 
@@ -220,40 +230,48 @@ def _has_modes() -> bool:
 
 def _by_xce(loss: _Loss, tensors: _Tensors, options: dict[str, Any], dtype: torch.dtype) -> Tensor:
     """Return a loss, computed by xce."""
-    by = tuple(name for name in loss.by if tensors[name] is not None and tensors[name].requires_grad)
-    if not by or not torch.is_grad_enabled():
-        value: Tensor = _run(loss, tensors, options).to(dtype)
-        return value
-    call, values = _Call(loss, options, dtype, tuple(tensors), by), []
-    gradients = _Gradients.apply(call, values, *tensors.values())  # type: ignore[no-untyped-call]
-    return _Value.apply(call, values, gradients, *(tensors[name] for name in by))  # type: ignore[no-any-return, no-untyped-call]
+    by = []
+    if torch.is_grad_enabled():
+        by = [name for name in loss.by if tensors[name] is not None and tensors[name].requires_grad]
+    if not by:
+        return _cast(_run(loss, tensors, options), dtype)
+    values: list[Tensor] = []
+    call = _Call(loss, options, dtype, tuple(tensors), by)
+    gradients = _apply_gradients(call, values, *tensors.values())
+    value: Tensor = _apply_value(call, values, gradients, *[tensors[name] for name in by])
+    return value
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``x.to(dtype)``, which takes its time even where nothing is to do."""
+    return x if x.dtype is dtype else x.to(dtype)
 
 
 def _run(loss: _Loss, tensors: _Tensors, options: dict[str, Any], *, return_grad: bool = False) -> Any:
     """Return what the function of xce returns."""
-    first = tensors["input"]
-    is_on_cuda = backend.is_on_cuda(first)
-    # the shortest way to the kernels is that of NumPy's arrays, which are never of bfloat16
-    is_numpy = not is_on_cuda and first.dtype is not torch.bfloat16
-    arrays: _Tensors = {}
-    for name, x in tensors.items():
-        if x is not None:
-            if x.requires_grad:
-                x = x.detach()
-            if is_numpy:
-                x = backend.view(x, name)
-        arrays[name] = x
+    x = tensors["input"]  # which has another name there
+    is_on_cuda = backend.is_on_cuda(x)
     if loss.class_axis is not None:
-        arrays["axis"] = loss.axis(first)
+        options = options | {"axis": loss.axis(x)}
+    tensors = {name: x.detach() if x is not None and x.requires_grad else x for name, x in tensors.items()}
+    arrays = tensors if is_on_cuda else _arrays(tensors)
     result = loss.ours(
-        arrays.pop("input"),  # which has another name there
+        arrays.pop("input"),
         **arrays,
         **options,
         return_grad=return_grad,
         n_threads=torch.get_num_threads(),
         validate=not is_on_cuda,  # looking at the data would make the CPU wait for the GPU
     )
-    return _wrapped(result) if is_numpy else result
+    return result if arrays is tensors else _wrapped(result)
+
+
+def _arrays(tensors: _Tensors) -> _Tensors:
+    """Return tensors as arrays of NumPy, from which the way to the kernels is shortest, or themselves."""
+    try:
+        return {name: x if x is None else x.numpy() for name, x in tensors.items()}
+    except (RuntimeError, TypeError):  # of bfloat16, or nothing that xce takes
+        return tensors
 
 
 def _wrapped(result: Any) -> Any:
@@ -274,7 +292,7 @@ class _Call(NamedTuple):
     options: dict[str, Any]
     dtype: torch.dtype  # of the value
     names: tuple[str, ...]  # of the tensors
-    by: tuple[str, ...]  # the names of those to differentiate by
+    by: list[str]  # the names of those to differentiate by
 
 
 class _Gradients(torch.autograd.Function):
@@ -327,7 +345,7 @@ class _Value(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, values: list[Tensor], gradients: tuple[Tensor, ...], *inputs: Tensor) -> Tensor:
         ctx.axis = call.loss.axis(inputs[0])
         ctx.save_for_backward(*gradients)
-        return values.pop().to(call.dtype)
+        return _cast(values.pop(), call.dtype)
 
     @staticmethod
     def backward(ctx: Any, vector: Tensor) -> tuple[Tensor | None, ...]:
@@ -336,11 +354,19 @@ class _Value(torch.autograd.Function):
         return None, None, None, *(_product(vector, gradient) for gradient in ctx.saved_tensors)
 
 
+# `Function.apply` without its ways for `torch.func`, which take as long as the rest of it: nothing of that is followed
+_apply_gradients: Callable[..., Any] = super(torch.autograd.Function, _Gradients).apply
+_apply_value: Callable[..., Any] = super(torch.autograd.Function, _Value).apply
+
+
 def _product(vector: Tensor, gradient: Tensor) -> Tensor:
     """Return ``vector * gradient``, in the memory of the gradient if nobody is going to read it again."""
-    is_batched = torch._C._functorch.is_legacy_batchedtensor(vector)  # torch.autograd.grad(is_grads_batched=True)
-    keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph()
-    if torch.is_grad_enabled() or keeps_graph or is_batched or _is_followed():
+    if (
+        torch.is_grad_enabled()
+        or torch._C._autograd._get_current_graph_task_keep_graph()
+        or torch._C._functorch.is_legacy_batchedtensor(vector)  # torch.autograd.grad(is_grads_batched=True)
+        or _is_followed()
+    ):
         return vector * gradient
     gradient = gradient.detach()
     if vector.ndim == 0:  # mostly 1: the loss is the root of the graph
