@@ -71,6 +71,18 @@ class TorchEager:
         return loss, self.torch.autograd.grad(loss, leaf)[0]
 
 
+class XceTorch(TorchEager):
+    """What a user of PyTorch calls instead, its autograd included."""
+
+    name = "xce.torch"
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads)
+        from xce.torch import cross_entropy
+
+        self.value = cross_entropy
+
+
 class TorchCompiled(TorchEager):
     name = "PyTorch compiled"
 
@@ -156,7 +168,7 @@ class Scipy:
         return loss, grad
 
 
-PEERS: tuple[Callable[[int], Peer], ...] = (TorchEager, TorchCompiled, JaxOptax, ScikitLearn, Scipy)
+PEERS: tuple[Callable[[int], Peer], ...] = (XceTorch, TorchEager, TorchCompiled, JaxOptax, ScikitLearn, Scipy)
 
 
 # Floors. On the machine of the README's tables torch is the fastest (8192x1000: sum 0.24 ms and copy 1.29 ms, against

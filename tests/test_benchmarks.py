@@ -149,7 +149,7 @@ def test_every_table(capsys: pytest.CaptureFixture[str]) -> None:
     what = "value,grad,hess,small,targets"
     peers.main(["--shapes", "16x12", "--what", what, "--repeat", "1", "--markdown"], peers=[])
     printed = capsys.readouterr().out
-    assert len(re.findall(r"^\| xce +\|", printed, re.MULTILINE)) == 4
+    assert len(re.findall(r"^\| xce +\|", printed, re.MULTILINE)) == 5
     assert "refused" not in printed
     assert "failed" not in printed
     assert "1x3x4x4 grad: speed on axis 1" in printed

@@ -533,6 +533,14 @@ def test_transforms(name: str) -> None:
     assert_close(*results)
 
 
+def test_a_tensor_that_a_transform_left_over() -> None:
+    left: list[Tensor] = []
+    torch.func.grad(lambda x: (left.append(x), x.sum())[1])(X)
+    found, expected = (f(left[0], LABELS) for f in (xce.torch.cross_entropy, F.cross_entropy))
+    assert_close(found, expected)
+    assert found.requires_grad is expected.requires_grad is False
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 @pytest.mark.parametrize("name", LOSSES)
 def test_forward_mode(name: str) -> None:

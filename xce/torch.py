@@ -79,6 +79,9 @@ _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _LABELS = {torch.int64, torch.uint8}
 _OPTIONAL = {"weight", "pos_weight", "linear_bias"}
 
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # by a transform of `torch.func`, which may be over
+
 _Tensors = dict[str, Any]  # by the name of the argument; None where none is given
 
 
@@ -97,11 +100,11 @@ class _Loss(NamedTuple):
         return -1 if self.class_axis and x.ndim == 1 else self.class_axis
 
 
-def _cross_entropy(logits: Tensor, *, target: Tensor, ignore_index: int, **options: Any) -> Any:
+def _cross_entropy(logits: Any, **given: Any) -> Any:
     """Refuse what PyTorch refuses, and xce does not."""
-    if target.dtype in _FLOATS and ignore_index >= 0:
+    if given["ignore_index"] >= 0 and "float" in str(given["target"].dtype):
         raise ValueError("probabilities with a class to ignore")
-    return xce.cross_entropy(logits, target, ignore_index=ignore_index, **options)
+    return xce.cross_entropy(logits, **given)
 
 
 def _kl_div(input: Tensor, target: Tensor, *, reduction: str, log_target: bool) -> Tensor:
@@ -166,31 +169,36 @@ def _value_dtype(loss: _Loss, tensors: _Tensors) -> torch.dtype | None:
     """Return the dtype of the loss if the kernels of xce can take the call, or None."""
     if _is_followed():
         return None
-    target, dtypes, devices = tensors["target"], set(), set()
+    first, target, dtypes, device = tensors["input"], tensors["target"], set(), None
+    is_grad_enabled = torch.is_grad_enabled()
     for name, x in tensors.items():
         if x is None and name in _OPTIONAL:
             continue
-        if type(x) not in (Tensor, nn.Parameter) or not _has_kernels(x):
+        if type(x) is not Tensor and type(x) is not nn.Parameter:
             return None
-        devices.add(x.device)
-        if x.requires_grad and name not in loss.by and torch.is_grad_enabled():
+        if device is None:
+            device = x.device
+        elif x.device != device:  # PyTorch refuses it, or takes a number on the CPU
             return None
-        if x is target and loss.has_labels and x.dtype in _FLOATS and x.ndim != tensors["input"].ndim:
-            return None  # labels among floats: xce takes them, PyTorch refuses
-        if x.dtype in _FLOATS:
-            dtypes.add(x.dtype)
-        elif not (x is target and loss.has_labels and x.dtype in _LABELS):
+        if is_grad_enabled and x.requires_grad and (name not in loss.by or _is_wrapped(x)):
             return None
-    if len(devices) != 1:  # PyTorch refuses it, or takes a number on the CPU
+        dtype = x.dtype
+        if dtype in _FLOATS:
+            if x is target and loss.has_labels and x.ndim != first.ndim:
+                return None  # labels among floats: xce takes them, PyTorch refuses
+            dtypes.add(dtype)
+        elif not (x is target and loss.has_labels and dtype in _LABELS):
+            return None
+    if device is None or not (_has_cupy() if library.is_on_cuda(first) else first.is_cpu):
         return None
-    if loss.is_autocast and torch.is_autocast_enabled(devices.pop().type) and torch.float64 not in dtypes:
+    if (
+        _is_any_autocast_enabled()
+        and loss.is_autocast
+        and torch.is_autocast_enabled(device.type)
+        and torch.float64 not in dtypes
+    ):
         return torch.float32
     return dtypes.pop() if len(dtypes) == 1 else None  # of several, PyTorch promotes or refuses
-
-
-def _has_kernels(x: Tensor) -> bool:
-    """Whether there are kernels for the device of a tensor."""
-    return _has_cupy() if library.is_on_cuda(x) else x.is_cpu
 
 
 @cache
@@ -222,24 +230,55 @@ def _has_modes() -> bool:
 
 def _by_xce(loss: _Loss, tensors: _Tensors, options: dict[str, Any], dtype: torch.dtype) -> Tensor:
     """Return a loss, computed by xce."""
-    by = tuple(name for name in loss.by if tensors[name] is not None and tensors[name].requires_grad)
-    if not by or not torch.is_grad_enabled():
-        value: Tensor = _run(loss, tensors, options).to(dtype)
-        return value
+    by = []
+    if torch.is_grad_enabled():
+        by = [name for name in loss.by if tensors[name] is not None and tensors[name].requires_grad]
+    if not by:
+        return _cast(_run(loss, tensors, options), dtype)
+    values: list[Tensor] = []
     call = _Call(loss, options, dtype, tuple(tensors), by)
-    value, *gradients = _Gradients.apply(call, *tensors.values())  # type: ignore[no-untyped-call]
-    return _Value.apply(call, value, gradients, *(tensors[name] for name in by))  # type: ignore[no-any-return, no-untyped-call]
+    gradients = _apply_gradients(call, values, *tensors.values())
+    value: Tensor = _apply_value(call, values, gradients, *[tensors[name] for name in by])
+    return value
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``x.to(dtype)``, which takes its time even where nothing is to do."""
+    return x if x.dtype is dtype else x.to(dtype)
 
 
 def _run(loss: _Loss, tensors: _Tensors, options: dict[str, Any], *, return_grad: bool = False) -> Any:
     """Return what the function of xce returns."""
-    tensors = {name: x if x is None else x.detach() for name, x in tensors.items()}
-    x = tensors.pop("input")  # which has another name there
-    options = options | {"return_grad": return_grad, "n_threads": torch.get_num_threads()}
+    x = tensors["input"]  # which has another name there
+    is_on_cuda = library.is_on_cuda(x)
     if loss.class_axis is not None:
-        options["axis"] = loss.axis(x)
-    # looking at the data would make the CPU wait for the GPU
-    return loss.ours(x, **tensors, **options, validate=not library.is_on_cuda(x))
+        options = options | {"axis": loss.axis(x)}
+    tensors = {name: x.detach() if x is not None and x.requires_grad else x for name, x in tensors.items()}
+    arrays = tensors if is_on_cuda else _arrays(tensors)
+    result = loss.ours(
+        arrays.pop("input"),
+        **arrays,
+        **options,
+        return_grad=return_grad,
+        n_threads=torch.get_num_threads(),
+        validate=not is_on_cuda,  # looking at the data would make the CPU wait for the GPU
+    )
+    return result if arrays is tensors else _wrapped(result)
+
+
+def _arrays(tensors: _Tensors) -> _Tensors:
+    """Return tensors as arrays of NumPy, from which the way to the kernels is shortest, or themselves."""
+    try:
+        return {name: x if x is None else x.numpy() for name, x in tensors.items()}
+    except (RuntimeError, TypeError):  # of bfloat16, or nothing that xce takes
+        return tensors
+
+
+def _wrapped(result: Any) -> Any:
+    """Return arrays of NumPy, in tuples or alone, as tensors."""
+    if type(result) is tuple:
+        return tuple(map(_wrapped, result))
+    return None if result is None else library.wrap(result)
 
 
 # Autograd, in two nodes. `_Value` keeps the gradients and nothing else: the logits may be overwritten then, as with
@@ -253,14 +292,14 @@ class _Call(NamedTuple):
     options: dict[str, Any]
     dtype: torch.dtype  # of the value
     names: tuple[str, ...]  # of the tensors
-    by: tuple[str, ...]  # the names of those to differentiate by
+    by: list[str]  # the names of those to differentiate by
 
 
 class _Gradients(torch.autograd.Function):
-    """The value, as a constant, and the gradients, whose derivatives are taken from PyTorch."""
+    """The gradients, whose derivatives are taken from PyTorch; the value is added to a list."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, call: _Call, values: list[Tensor], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         ctx.call = call
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
@@ -270,13 +309,13 @@ class _Gradients(torch.autograd.Function):
             if x is not None and x.dtype == torch.float16:  # where small gradients underflow before any loss scale
                 named[name] = x.float()
         value, gradients = _run(call.loss, named, call.options, return_grad=True)
-        ctx.mark_non_differentiable(value)
+        values.append(value)
         if not isinstance(gradients, tuple):
-            gradients = (gradients,)
-        return value, *(g for name, g in zip(call.loss.by, gradients, strict=True) if name in call.by)
+            return (gradients,)
+        return tuple(g for name, g in zip(call.loss.by, gradients, strict=True) if name in call.by)
 
     @staticmethod
-    def backward(ctx: Any, _: None, *vectors: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *vectors: Tensor | None) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         tensors: _Tensors = dict(zip(call.names, ctx.saved_tensors, strict=True))
         with torch.enable_grad():
@@ -296,17 +335,17 @@ class _Gradients(torch.autograd.Function):
                 outputs, by, weights, create_graph=torch.is_grad_enabled(), materialize_grads=True
             )
         found = dict(zip(call.by, products, strict=True))
-        return None, *(found.get(name) for name in call.names)
+        return None, None, *(found.get(name) for name in call.names)
 
 
 class _Value(torch.autograd.Function):
     """The value, given the gradients: its backward pass is a product at most."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, value: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, call: _Call, values: list[Tensor], gradients: tuple[Tensor, ...], *inputs: Tensor) -> Tensor:
         ctx.axis = call.loss.axis(inputs[0])
         ctx.save_for_backward(*gradients)
-        return value.to(call.dtype, copy=True)  # the same tensor would be a view, not to be changed in place
+        return _cast(values.pop(), call.dtype)
 
     @staticmethod
     def backward(ctx: Any, vector: Tensor) -> tuple[Tensor | None, ...]:
@@ -315,11 +354,19 @@ class _Value(torch.autograd.Function):
         return None, None, None, *(_product(vector, gradient) for gradient in ctx.saved_tensors)
 
 
+# `Function.apply` without its ways for `torch.func`, which take as long as the rest of it: nothing of that is followed
+_apply_gradients: Callable[..., Any] = super(torch.autograd.Function, _Gradients).apply
+_apply_value: Callable[..., Any] = super(torch.autograd.Function, _Value).apply
+
+
 def _product(vector: Tensor, gradient: Tensor) -> Tensor:
     """Return ``vector * gradient``, in the memory of the gradient if nobody is going to read it again."""
-    is_batched = torch._C._functorch.is_legacy_batchedtensor(vector)  # torch.autograd.grad(is_grads_batched=True)
-    keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph()
-    if torch.is_grad_enabled() or keeps_graph or is_batched or _is_followed():
+    if (
+        torch.is_grad_enabled()
+        or torch._C._autograd._get_current_graph_task_keep_graph()
+        or torch._C._functorch.is_legacy_batchedtensor(vector)  # torch.autograd.grad(is_grads_batched=True)
+        or _is_followed()
+    ):
         return vector * gradient
     gradient = gradient.detach()
     if vector.ndim == 0:  # mostly 1: the loss is the root of the graph
@@ -526,7 +573,7 @@ if hasattr(F, "linear_cross_entropy"):
         **options: Any,
     ) -> Any:
         """Refuse what PyTorch refuses, and xce does not; and gradients of parameters by row."""
-        if inputs.ndim > 2 or (target.dtype in _FLOATS and ignore_index is not None):
+        if inputs.ndim > 2 or ("float" in str(target.dtype) and ignore_index is not None):
             raise ValueError("more axes, or probabilities with a class to ignore")
         if return_grad and reduction == "none":
             raise ValueError("a loss for each row, of parameters that all rows share")
