@@ -218,6 +218,8 @@ def _refuse_repetitions(engine: Engine, indices: Array, n_classes: int, axis: in
 def broadcast(x: Array, name: str, shape: tuple[int, ...], what: str) -> Array:
     """Return `x` broadcast to a shape that it does not enlarge."""
     own = x.shape
+    if own == shape:
+        return x
     if len(own) > len(shape) or any(n not in (1, m) for n, m in zip(own[::-1], shape[::-1], strict=False)):
         raise ValueError(f"{name} has shape {own}, which does not broadcast to {shape}, the shape of {what}")
     return namespace(x).broadcast_to(x, shape)
@@ -525,6 +527,8 @@ _PYTHON_NUMBERS: dict[str, Callable[[Any], Any]] = {
 
 def class_axis(axis: Any, ndim: int, name: str) -> int:
     """Return the axis as 0..ndim-1."""
+    if type(axis) is int and -ndim <= axis < ndim:
+        return axis % ndim
     axis = unboxed("axis", axis)
     if isinstance(axis, bool) or not isinstance(axis, Integral):
         raise TypeError(f"axis is {described(axis)}: expected an integer")

@@ -93,7 +93,7 @@ def row_call(
     """Return the checked call of an operation with a target, of arrays that are seen and options that are checked."""
     engine, name, given = arrays.engine, arrays.name, DEFAULTS | options
     logits, axis, rows = _rows(logits, given["axis"], name)
-    sample_weight, weight, where = (given[key] for key in ("sample_weight", "weight", "where"))
+    sample_weight, weight, where = given["sample_weight"], given["weight"], given["where"]
     is_index = type(target) is ndarray and target.shape == rows and target.dtype in NATIVE_INTEGERS
     if not is_index:
         target, is_index = check.target_mode(target, name, logits.shape, axis, rows)

@@ -469,6 +469,8 @@ def _like(x: Array, weights: Array | None) -> tuple[Array, ...]:
 
 def _array(x: Any, name: str, *, of_labels: bool = False) -> Any:
     """Return arrays as they are computed on, and lists, series and frames as arrays of NumPy."""
+    if type(x) is np.ndarray:
+        return x
     from array_api_compat import is_cupy_array, is_torch_array
 
     if hasattr(x, "__array_namespace__") or is_torch_array(x) or is_cupy_array(x):

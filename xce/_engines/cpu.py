@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -36,8 +37,6 @@ _WHAT = {
 }  # fmt: skip
 # what its scans look for, see elements.h
 _OUTSIDE, _OUTSIDE_OR_INFINITE, _BEYOND = range(3)
-# whose numbers are numbers of float32, too
-_FLOAT32_HOLDS = {"bool", "int8", "int16", "uint8", "uint16", "float16", "bfloat16", "float32"}
 
 
 _SUMMED = 1 << 24  # rows whose weights are added up at a time: a part of the bits
@@ -73,7 +72,7 @@ def scan_repetitions(indices: Any, n_classes: int, weights: tuple[Any, ...]) -> 
 
 def classes_left(where: Any, axis: int) -> Any:
     """Return an array of the rows' shape, 0 for rows that `where` leaves without a class."""
-    where = np.moveaxis(where, axis, -1)
+    where = _classes_last(where, axis)
     once = distinct(where)
     left = np.empty(once.shape[:-1], bool)
     _cpu.kernels("float32").classes_are_left(once, left)
@@ -94,10 +93,19 @@ def _scan_range(values: Any, weights: tuple[Any, ...], low: float, high: float, 
     return kernels.scan_range(values, weights, low, high, what, team)  # type: ignore[no-any-return]
 
 
+def _classes_last(x: Any, axis: int) -> Any:
+    return x if axis == x.ndim - 1 else np.moveaxis(x, axis, -1)
+
+
 def _readers(*arrays: Any) -> ModuleType:
     """The kernels that read numbers exactly; or, whole numbers beyond 2^53, rounded to others out of any range."""
-    short = all(dtype_name(a.dtype) in _FLOAT32_HOLDS for a in arrays)
-    return _cpu.kernels("float32" if short else "float64")
+    return _cpu.kernels("float32" if all(_float32_holds(a.dtype) for a in arrays) else "float64")
+
+
+@cache
+def _float32_holds(dtype: np.dtype[Any]) -> bool:
+    """Whether the numbers of a type are numbers of float32, too."""
+    return dtype_name(dtype) in ("bool", "int8", "int16", "uint8", "uint16", "float16", "bfloat16", "float32")
 
 
 def _team(n_threads: int | None, size: int) -> int:
@@ -234,7 +242,7 @@ def _denominator(kernels: ModuleType, call: Call, weight: Any) -> float:
     if call.labels is call.sample_weight is call.where is None:
         return float(n_rows)
     w = None if call.labels is None else weight  # class weights do not count for probabilities
-    where = None if call.where is None else np.moveaxis(call.where, call.axis, -1)
+    where = None if call.where is None else _classes_last(call.where, call.axis)
     total, has_terms = 0.0, False
     for start in range(0, n_rows, _SUMMED):
         subtotal, is_any = kernels.denominator(
@@ -318,7 +326,7 @@ def _elements(call: ElementCall) -> Any:
         if scalar is not FLOAT64 and _needs_float64(call, denominator):
             kernels = _cpu.kernels("float64")
         if axis is not None:  # the classes last, for the means of rows
-            operands = tuple(a if a is None or a is value else np.moveaxis(a, axis, -1) for a in operands)
+            operands = tuple(a if a is None or a is value else _classes_last(a, axis) for a in operands)
         total = kernels.run_elements(
             kernels.ELEMENT_FORMULAS[call.formula], call.params, operands,
             1.0 / denominator if denominator else math.nan, row, _team(call.n_threads, size),
