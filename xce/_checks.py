@@ -409,9 +409,17 @@ def _memory(x: Array) -> ndarray[Any, Any] | None:
         return None
     if not x.size:
         return np.empty(x.shape, np.uint8)
-    return np.asarray(_Place({
-        "version": 3, "shape": x.shape, "strides": x.strides, "data": there["data"], "typestr": f"|V{x.itemsize}",
-    }))  # fmt: skip
+    return np.asarray(
+        _Place(
+            {
+                "version": 3,
+                "shape": x.shape,
+                "strides": x.strides,
+                "data": there["data"],
+                "typestr": f"|V{x.itemsize}",
+            }
+        )
+    )
 
 
 class _Place:
@@ -521,8 +529,12 @@ def unboxed(name: str, value: Any) -> Any:
 
 
 _PYTHON_NUMBERS: dict[str, Callable[[Any], Any]] = {
-    "bool": bool, "int": int, "uint": int, "float": float, "bfloat": float,
-}  # fmt: skip
+    "bool": bool,
+    "int": int,
+    "uint": int,
+    "float": float,
+    "bfloat": float,
+}
 
 
 def class_axis(axis: Any, ndim: int, name: str) -> int:

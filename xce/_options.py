@@ -19,10 +19,22 @@ from xce._arrays import Array
 from xce._docs import complete
 
 __all__ = [
-    "DEFAULTS", "NUMBERS", "CrossEntropyOptions", "DistillationOptions", "ElementOptions", "ElementOutputs",
-    "LinearOptions", "MapOptions", "MetricOptions", "NllOptions", "Numbers", "Reduction", "StatsOptions", "checked",
+    "DEFAULTS",
+    "NUMBERS",
+    "CrossEntropyOptions",
+    "DistillationOptions",
+    "ElementOptions",
+    "ElementOutputs",
+    "LinearOptions",
+    "MapOptions",
+    "MetricOptions",
+    "NllOptions",
+    "Numbers",
+    "Reduction",
+    "StatsOptions",
+    "checked",
     "takes",
-]  # fmt: skip
+]
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 Gradients: TypeAlias = tuple[Array | None, Array | None, Array | None]
@@ -309,11 +321,13 @@ def takes(family: Any, like: Callable[..., Any] | None = None) -> Callable[[F], 
         own = list(bare.parameters.values())[:-1]
         shared = [
             inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=option.default,
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=option.default,
                 annotation=family.__annotations__[name].__forward_arg__.removeprefix("Annotated[").rpartition(",")[0],
             )
             for name, option in options.items()
-        ]  # fmt: skip
+        ]
         function.__signature__ = bare.replace(parameters=[*own, *shared])  # type: ignore[attr-defined]
         complete(function, _described(options), like)
         return function

@@ -27,11 +27,26 @@ from xce._rows import linear, logit_statistics, nll
 from xce._transforms import log_sum_exp, transform
 
 __all__ = [
-    "LogitStats", "asymmetric_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits", "cross_entropy",
-    "distillation_loss", "focal_loss", "generalized_cross_entropy", "kl_div", "linear_cross_entropy", "log_softmax",
-    "logit_stats", "logsumexp", "multilabel_soft_margin_loss", "nll_loss", "poly_loss", "sigmoid_focal_loss",
-    "soft_margin_loss", "softmax",
-]  # fmt: skip
+    "LogitStats",
+    "asymmetric_loss",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "cross_entropy",
+    "distillation_loss",
+    "focal_loss",
+    "generalized_cross_entropy",
+    "kl_div",
+    "linear_cross_entropy",
+    "log_softmax",
+    "logit_stats",
+    "logsumexp",
+    "multilabel_soft_margin_loss",
+    "nll_loss",
+    "poly_loss",
+    "sigmoid_focal_loss",
+    "soft_margin_loss",
+    "softmax",
+]
 
 
 @takes(CrossEntropyOptions)

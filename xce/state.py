@@ -346,9 +346,13 @@ class LossState:
 
         def computed(x: Array) -> np.ndarray:
             losses = cross_entropy(
-                x, own(y), weight=own(self._weight), ignore_index=-1, label_smoothing=self.label_smoothing,
+                x,
+                own(y),
+                weight=own(self._weight),
+                ignore_index=-1,
+                label_smoothing=self.label_smoothing,
                 reduction="none",
-            )  # fmt: skip
+            )
             return _of_rows(arrays, losses)
 
         losses = computed(x)

@@ -25,16 +25,9 @@ from xce._engines.numbers import (
     unbounded,
 )
 
-__all__ = [
-    "HAS_KERNELS", "classes_left", "from_numpy", "run", "run_linear", "scan_labels", "scan_repetitions", "scan_values",
-    "to_numpy",
-]  # fmt: skip
-
 HAS_KERNELS = True
 # what `run` of the kernels is to compute
-_WHAT = {
-    "loss": 0, "distillation": 0, "softmax": 1, "log_softmax": 2, "logsumexp": 3, "stats": 4, "state": 5, "nll": 6
-}  # fmt: skip
+_WHAT = {"loss": 0, "distillation": 0, "softmax": 1, "log_softmax": 2, "logsumexp": 3, "stats": 4, "state": 5, "nll": 6}
 # what its scans look for, see elements.h
 _OUTSIDE, _OUTSIDE_OR_INFINITE, _BEYOND = range(3)
 
@@ -166,10 +159,17 @@ def _loss(call: Call, kernels: ModuleType, scalar: np.dtype[Any]) -> Any:
     if logits.size:
         losses = kernels.PHI if call.teacher is None else kernels.DIVERGENCES
         operands = {
-            "x": logits, "q": call.probabilities if call.teacher is None else call.teacher, "where": call.where,
-            "grad": grad, "hess": hess, "label": call.labels, "indices": call.teacher_indices,
-            "sample": call.sample_weight, "value": value, "weight": weight,
-        }  # fmt: skip
+            "x": logits,
+            "q": call.probabilities if call.teacher is None else call.teacher,
+            "where": call.where,
+            "grad": grad,
+            "hess": hess,
+            "label": call.labels,
+            "indices": call.teacher_indices,
+            "sample": call.sample_weight,
+            "value": value,
+            "weight": weight,
+        }
         scale, team = 1.0 / denominator if denominator else 0.0, _team(call.n_threads, logits.size)
         loss = losses[call.loss]
         total = kernels.run(_WHAT[call.op], loss, call.numbers, call.ignore_index, operands, call.axis, scale, team)
@@ -246,9 +246,15 @@ def _denominator(kernels: ModuleType, call: Call, weight: Any) -> float:
     total, has_terms = 0.0, False
     for start in range(0, n_rows, _SUMMED):
         subtotal, is_any = kernels.denominator(
-            call.labels, n_classes, call.ignore_index, w, call.sample_weight, where,
-            start, min(start + _SUMMED, n_rows),
-        )  # fmt: skip
+            call.labels,
+            n_classes,
+            call.ignore_index,
+            w,
+            call.sample_weight,
+            where,
+            start,
+            min(start + _SUMMED, n_rows),
+        )
         total, has_terms = total + subtotal, has_terms or is_any
     return math.nan if has_terms and total == 0 else total
 
@@ -328,9 +334,13 @@ def _elements(call: ElementCall) -> Any:
         if axis is not None:  # the classes last, for the means of rows
             operands = tuple(a if a is None or a is value else _classes_last(a, axis) for a in operands)
         total = kernels.run_elements(
-            kernels.ELEMENT_FORMULAS[call.formula], call.params, operands,
-            1.0 / denominator if denominator else math.nan, row, _team(call.n_threads, size),
-        )  # fmt: skip
+            kernels.ELEMENT_FORMULAS[call.formula],
+            call.params,
+            operands,
+            1.0 / denominator if denominator else math.nan,
+            row,
+            _team(call.n_threads, size),
+        )
     if value is None:
         value = _scalar(total / denominator if denominator else math.nan, scalar)
     return value, grad, hess

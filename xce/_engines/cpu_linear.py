@@ -59,10 +59,18 @@ def _loss(call: LinearCall, dtype: np.dtype[Any], denominator: float, layer: _La
         s = np.full(len(x), share) if weights is None else cpu._cast(weights, dtype) * share
         s = s.astype(dtype, copy=False)
         s[s == 0] = np.finfo(dtype).smallest_subnormal  # these rows count
-        losses = cpu.run(loss._replace(
-            logits=g, axis=1, labels=y, probabilities=q, sample_weight=s, reduction="none",
-            where=left, grad_out=g if loss.return_grad else None,
-        ))[0]  # fmt: skip
+        losses = cpu.run(
+            loss._replace(
+                logits=g,
+                axis=1,
+                labels=y,
+                probabilities=q,
+                sample_weight=s,
+                reduction="none",
+                where=left,
+                grad_out=g if loss.return_grad else None,
+            )
+        )[0]
         total += float(losses.sum(dtype=np.float64))
         if value is not None:
             value[which] = losses

@@ -67,37 +67,44 @@ _WHAT = {"loss": 0, "softmax": 1, "log_softmax": 2, "logsumexp": 3, "stats": 4, 
 
 _I8, _F8 = np.int64, np.float64
 OPERAND = np.dtype([("data", _I8), ("classes", _I8), ("rows", _I8, AXES)])
-# fmt: off
+
+
+def _fields(names: str, dtype: Any) -> list[tuple[str, Any]]:
+    return [(name, dtype) for name in names.split()]
+
+
+_SHAPE = [("shape", _I8, AXES)]
+ARRAY = np.dtype([("data", _I8), ("kind", _I8), ("adjacent", _I8), ("strides", _I8, AXES)])
 ROW_JOB = np.dtype(
-    [(name, OPERAND) for name in names("XCE_ROW_OPERANDS", "options.h")]
-    + [("weight", _I8), ("denominator", _I8)]
-    + [(name, _I8) for name in ("n_rows", "n_classes", "n_places", "axes")]
-    + [("shape", _I8, AXES)]
-    + [(name, _I8) for name in ("what", "phi", "label_kind", "index_kind", "ignore_index", "dense", "teacher",
-                                "q_is_scalar", "cached")]
-    + [("options", [(name, _F8) for name in NUMBERS])]
+    _fields(" ".join(names("XCE_ROW_OPERANDS", "options.h")), OPERAND)
+    + _fields("weight denominator n_rows n_classes n_places axes", _I8)
+    + _SHAPE
+    + _fields("what phi label_kind index_kind ignore_index dense teacher q_is_scalar cached", _I8)
+    + [("options", _fields(" ".join(NUMBERS), _F8))]
 )
 SUM_JOB = np.dtype(
-    [(name, OPERAND) for name in ("label", "sample", "left", "value")]
-    + [(name, _I8) for name in ("weight", "partials", "result", "sizes", "loss", "denominator", "n_partials", "n_rows",
-                                "n_classes", "axes")]
-    + [("shape", _I8, AXES), ("label_kind", _I8), ("ignore_index", _I8), ("factor", _F8)]
+    _fields("label sample left value", OPERAND)
+    + _fields("weight partials result sizes loss denominator n_partials n_rows n_classes axes", _I8)
+    + _SHAPE
+    + _fields("label_kind ignore_index", _I8)
+    + _fields("factor", _F8)
 )
-ARRAY = np.dtype([("data", _I8), ("kind", _I8), ("adjacent", _I8), ("strides", _I8, AXES)])
-_ELEMENT_ARRAYS = ("x", "y", "pos_weight", "weight", "sample", "value", "grad", "hess")
 ELEMENT_JOB = np.dtype(
-    [(name, ARRAY) for name in _ELEMENT_ARRAYS]
-    + [("denominator", _I8), ("partials", _I8), ("factor", _F8), ("n", _I8), ("axes", _I8), ("shape", _I8, AXES),
-       ("with", _F8, 5)]
+    _fields("x y pos_weight weight sample value grad hess", ARRAY)
+    + _fields("denominator partials", _I8)
+    + _fields("factor", _F8)
+    + _fields("n axes", _I8)
+    + _SHAPE
+    + [("with", _F8, 5)]
 )
 ARRAY_JOB = np.dtype(
-    [(name, ARRAY) for name in ("x", "out", "weight", "sample")]
-    + [("n", _I8), ("axes", _I8), ("shape", _I8, AXES)]
-    + [(name, _I8) for name in ("classes", "lanes", "what", "n_classes", "ignore_index")]
-    + [("low", _F8), ("high", _F8)]
+    _fields("x out weight sample", ARRAY)
+    + _fields("n axes", _I8)
+    + _SHAPE
+    + _fields("classes lanes what n_classes ignore_index", _I8)
+    + _fields("low high", _F8)
 )
 _IS_LABEL, _IS_WITHIN, _IS_BEYOND = range(3)  # what a scan asks
-# fmt: on
 
 
 class Regime(NamedTuple):
@@ -323,10 +330,18 @@ def row_losses(device: Device, call: Call, value: Any, denominator: Any) -> tupl
     weight, sample = _weights(device, call, scalar)
     if logits.size:
         arrays = {
-            "x": logits, "q": q, "where": call.where, "grad": grad, "hess": hess, "label": call.labels,
-            "indices": call.teacher_indices, "sample": sample, "value": value, "weight": weight,
+            "x": logits,
+            "q": q,
+            "where": call.where,
+            "grad": grad,
+            "hess": hess,
+            "label": call.labels,
+            "indices": call.teacher_indices,
+            "sample": sample,
+            "value": value,
+            "weight": weight,
             "denominator": denominator,
-        }  # fmt: skip
+        }
         _rows(device, call, "nll" if call.op == "nll" else "loss", arrays)
     return grad, hess
 
@@ -390,9 +405,13 @@ def rows_module(
 ) -> Module:
     """Return the module of a kernel of rows; `output` is the type of gradients, if not that of the logits."""
     values = {
-        "GROUP": regime.group, "CLUSTER": regime.cluster, "THREADS": regime.threads, "LEVEL": level, "WHAT": what,
+        "GROUP": regime.group,
+        "CLUSTER": regime.cluster,
+        "THREADS": regime.threads,
+        "LEVEL": level,
+        "WHAT": what,
         "PHI": phi,
-    }  # fmt: skip
+    }
     definitions = tuple((f"XCE_{name}", str(value)) for name, value in values.items())
     return Module(storage, ROWS, definitions if output is None else (*definitions, (f"XCE_OUTPUT_{output}", "1")))
 
@@ -463,9 +482,15 @@ def run_elements(call: ElementCall, device: Device) -> tuple[Any, Any, Any]:
             factor = 1.0 / x.size if x.size else math.nan
     value = device.empty(x.shape, _scalar(x)) if call.reduction == "none" else None
     arrays = {
-        "x": x, "y": call.target, "pos_weight": call.pos_weight, "weight": call.weight, "sample": call.sample_weight,
-        "value": value, "grad": grad, "hess": hess,
-    }  # fmt: skip
+        "x": x,
+        "y": call.target,
+        "pos_weight": call.pos_weight,
+        "weight": call.weight,
+        "sample": call.sample_weight,
+        "value": value,
+        "grad": grad,
+        "hess": hess,
+    }
     partials = _elements(device, arrays, call, denominator, factor)
     if value is not None:
         return value if axis is None else _mean(device, value, axis, value.dtype), grad, hess
@@ -540,9 +565,13 @@ def scan_values(values: Any, low: float, high: float | None, weights: tuple[Any,
     """
     largest = float(np.finfo(np.float64).max)
     return _scan(
-        device, _IS_WITHIN, values, weights, low=max(low, -largest) if high is None else low,
+        device,
+        _IS_WITHIN,
+        values,
+        weights,
+        low=max(low, -largest) if high is None else low,
         high=largest if high is None else high,
-    )  # fmt: skip
+    )
 
 
 def classes_left(where: Any, axis: int, device: Device) -> Any:
@@ -650,9 +679,14 @@ def _stats(call: Call, device: Device) -> LogitStats:
     lse, target, entropy = (device.empty(rows, _scalar(call.logits)) for _ in range(3))
     top, rank = (device.empty(rows, np.int64) for _ in range(2))
     arrays = {
-        "x": call.logits, "label": call.labels, "value": lse, "label_logit": target, "top": top, "rank": rank,
+        "x": call.logits,
+        "label": call.labels,
+        "value": lse,
+        "label_logit": target,
+        "top": top,
+        "rank": rank,
         "spread": entropy,
-    }  # fmt: skip
+    }
     if call.logits.size:
         _rows(device, call, "stats", arrays)
     return LogitStats(lse, target, top, rank, entropy)
@@ -663,18 +697,30 @@ def _state(call: Call, device: Device) -> tuple[Any, Any, Any, Any]:
     scalar = _scalar(call.logits)
     top, rest, label_logit, linear = (device.empty(_rows_of(call), scalar) for _ in range(4))
     arrays = {
-        "x": call.logits, "label": call.labels, "value": top, "spread": rest, "label_logit": label_logit,
-        "linear": linear, "weight": None if call.weight is None else _side_by_side(device, call.weight, scalar),
-    }  # fmt: skip
+        "x": call.logits,
+        "label": call.labels,
+        "value": top,
+        "spread": rest,
+        "label_logit": label_logit,
+        "linear": linear,
+        "weight": None if call.weight is None else _side_by_side(device, call.weight, scalar),
+    }
     if call.logits.size:
         _rows(device, call, "state", arrays)
     return top, rest, label_logit, linear
 
 
 _RUN: dict[str, Callable[[Any, Device], Any]] = {
-    "nll": _loss, "distillation": _loss, "loss": _loss, "element": run_elements, "softmax": _map, "log_softmax": _map,
-    "logsumexp": _logsumexp, "stats": _stats, "state": _state,
-}  # fmt: skip
+    "nll": _loss,
+    "distillation": _loss,
+    "loss": _loss,
+    "element": run_elements,
+    "softmax": _map,
+    "log_softmax": _map,
+    "logsumexp": _logsumexp,
+    "stats": _stats,
+    "state": _state,
+}
 
 
 def modules() -> Iterable[tuple[Module, str]]:

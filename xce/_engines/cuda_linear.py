@@ -35,13 +35,15 @@ COPY_TURNS = 4  # TURNS of linear.cu
 LARGEST = 2**31 - 1  # sizes in BLAS
 _FILES = (*_cuda.COMMON, "cuda/linear.cu")
 
-# fmt: off
-RANGE = np.dtype([(name, np.int64) for name in ("data", "columns", "first", "axes")]
-                 + [("shape", np.int64, AXES), ("strides", np.int64, AXES)])
-COPY_JOB = np.dtype([(name, RANGE) for name in ("from", "to", "label", "sample", "left")]
-                    + [(name, np.int64) for name in ("n_rows", "n_columns", "label_kind", "sample_size")]
-                    + [("ignore_index", np.int64), ("fill", np.uint64)])
-# fmt: on
+RANGE = np.dtype(
+    [(name, np.int64) for name in ("data", "columns", "first", "axes")]
+    + [("shape", np.int64, AXES), ("strides", np.int64, AXES)]
+)
+COPY_JOB = np.dtype(
+    [(name, RANGE) for name in ("from", "to", "label", "sample", "left")]
+    + [(name, np.int64) for name in ("n_rows", "n_columns", "label_kind", "sample_size")]
+    + [("ignore_index", np.int64), ("fill", np.uint64)]
+)
 
 
 def run(call: LinearCall, device: Device) -> tuple[Any, tuple[Any, Any, Any]]:
@@ -60,10 +62,15 @@ def run(call: LinearCall, device: Device) -> tuple[Any, tuple[Any, Any, Any]]:
     for start in range(0, n_rows, layer.step):
         part = slice(start, min(start + layer.step, n_rows))
         logits, g = layer.forward(part)
-        chunk = loss._replace(logits=logits, axis=1, grad_out=g if loss.return_grad else None, **{
-            name: _rows_of(device, getattr(loss, name), loss.logits.ndim - 1, part)
-            for name in ("labels", "probabilities", "sample_weight", "where")
-        })  # fmt: skip
+        chunk = loss._replace(
+            logits=logits,
+            axis=1,
+            grad_out=g if loss.return_grad else None,
+            **{
+                name: _rows_of(device, getattr(loss, name), loss.logits.ndim - 1, part)
+                for name in ("labels", "probabilities", "sample_weight", "where")
+            },
+        )
         _cuda.row_losses(device, chunk, value[part], share)
         if loss.return_grad:
             layer.backward(part, g)
@@ -146,9 +153,9 @@ class _Layer:
             "sample": loss.sample_weight,
             "left": left,
         }
-        self.removed = _Removed(loss.ignore_index, **{
-            name: None if x is None else _range(device, x, n_axes) for name, x in ranges.items()
-        })  # fmt: skip
+        self.removed = _Removed(
+            loss.ignore_index, **{name: None if x is None else _range(device, x, n_axes) for name, x in ranges.items()}
+        )
         self.weight, self.bias = _readable(device, call.weight), call.bias
         self.x = _aligned(device, (self.step, width), dtype)
         self.logits = self.g = _aligned(device, (self.step, n_classes), scalar)
@@ -238,10 +245,25 @@ def _multiply(device: Device, a: Any, b: Any, out: Any, alpha: float = 1.0, beta
         a, b, out, m, n = b.T, a.T, out.T, n, m
     # a matrix by rows is to BLAS its transpose: out' = b' a'
     (b_by_rows, ldb), (a_by_rows, lda) = _lies(b), _lies(a)
-    device.gemm(Product(
-        not b_by_rows, not a_by_rows, n, m, k, alpha, device.pointer(b), ldb, device.pointer(a), lda, beta,
-        device.pointer(out), ld, a.dtype, out.dtype,
-    ))  # fmt: skip
+    device.gemm(
+        Product(
+            not b_by_rows,
+            not a_by_rows,
+            n,
+            m,
+            k,
+            alpha,
+            device.pointer(b),
+            ldb,
+            device.pointer(a),
+            lda,
+            beta,
+            device.pointer(out),
+            ld,
+            a.dtype,
+            out.dtype,
+        )
+    )
 
 
 def _aligned(device: Device, shape: tuple[int, int], dtype: Any) -> Any:

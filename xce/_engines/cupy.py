@@ -21,12 +21,7 @@ from xce._engines import cuda as _cuda
 from xce._engines import cuda_linear as _cuda_linear
 from xce._engines import cuda_scale as _cuda_scale
 from xce._engines.device import Module, Product
-from xce._engines.scan import scan_repetitions
-
-__all__ = [
-    "HAS_KERNELS", "classes_left", "from_numpy", "run", "run_linear", "scan_labels", "scan_repetitions", "scan_values",
-    "to_numpy",
-]  # fmt: skip
+from xce._engines.scan import scan_repetitions as scan_repetitions
 
 HAS_KERNELS = True
 
@@ -72,9 +67,26 @@ class _Device:
         cublas.setMathMode(handle, _MATH_MODE)
         try:
             cublas.gemmEx(
-                handle, int(p.transpose_a), int(p.transpose_b), p.m, p.n, p.k, alpha.ctypes.data, p.a, kind, p.lda,
-                p.b, kind, p.ldb, beta.ctypes.data, p.c, out_kind, p.ldc, how, cublas.CUBLAS_GEMM_DEFAULT,
-            )  # fmt: skip
+                handle,
+                int(p.transpose_a),
+                int(p.transpose_b),
+                p.m,
+                p.n,
+                p.k,
+                alpha.ctypes.data,
+                p.a,
+                kind,
+                p.lda,
+                p.b,
+                kind,
+                p.ldb,
+                beta.ctypes.data,
+                p.c,
+                out_kind,
+                p.ldc,
+                how,
+                cublas.CUBLAS_GEMM_DEFAULT,
+            )
         finally:
             cublas.setMathMode(handle, mode)
 

@@ -116,11 +116,16 @@ class _Notes:
         places = np.flatnonzero(words >> 32 == _TOKEN)
         arrays = words[places] & _NUMBER
         return _Plan(
-            tuple(launches), words, places, offset[arrays], number[arrays],
-            tuple((self.arrays[i].shape, self.arrays[i].dtype) for i in made), scratch,
+            tuple(launches),
+            words,
+            places,
+            offset[arrays],
+            number[arrays],
+            tuple((self.arrays[i].shape, self.arrays[i].dtype) for i in made),
+            scratch,
             getattr(type(result), "_make", tuple) if isinstance(result, tuple) else _only,
             tuple(None if i is None else int(number[i]) for i in returned),
-        )  # fmt: skip
+        )
 
 
 def _only(arrays: tuple[Any, ...]) -> Any:
