@@ -23,7 +23,7 @@ Functions of logits alone, and statistics:
     log_softmax                       their logarithms
     logsumexp                         logarithm of the sum of exponentials
     logit_stats                       logsumexp, target logit, argmax, rank and entropy: a LogitStats
-Figures of merit, with top_k_accuracy and brier_score in xce.metrics:
+Metrics, with top_k_accuracy and brier_score in xce.metrics:
     log_loss                          of probabilities, as in scikit-learn
     perplexity                        of logits
 And:

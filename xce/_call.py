@@ -1,4 +1,4 @@
-"""One checked call of each kind: what engines compute."""
+"""The data of one checked call of each kind, which `_rows` and `_elements` build and engines compute."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PLAIN = Numbers()
 
 
 class Call(NamedTuple):
-    """One checked computation; past this module nothing is checked again."""
+    """One checked computation; engines check nothing again."""
 
     op: str  # "loss" | "nll" | "distillation" | "softmax" | "log_softmax" | "logsumexp" | "stats" | "state"
     logits: Array  # any shape with at least one axis, floating

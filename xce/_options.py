@@ -100,7 +100,7 @@ _Z_LOSS = Option(
     0.0,
     "float",
     """Adds ``z_loss * lse**2`` to the loss of a row, with `lse` the log-sum-exp of its logits as
-    transformed. The sample weight multiplies it, the class weights do not.""",
+    transformed. The sample weight multiplies it, the class weights do not; "mean" divides it like the rest.""",
     check.real,
     is_number=True,
 )

@@ -1,4 +1,4 @@
-"""The oracle: every operation in the plainest array code, and the backend of libraries that have no kernels.
+"""The oracle: every operation in the plainest array code, and what computes for libraries that have no kernels.
 
 Array API only, and never fast: the definitions, word for word, with the class axis last. Two forms are chosen
 for accuracy, because the tests compare the kernels with this file in float64:
@@ -101,6 +101,7 @@ def _jensen_shannon(xp: Any, p: Array, t: Array, d: Array) -> Array:
 
 # element formula -> value, first and second derivative at x; y is the target, w the `pos_weight`
 ELEMENTS: dict[str, Callable[..., tuple[Array, Array, Array]]] = {
+    # 1e-12 is PyTorch's bound in the gradient, here in the second derivative, too
     "binary_cross_entropy": lambda xp, x, y, w, clamp: (
         _times(xp, y, -xp.maximum(xp.log(x), xp.full_like(x, clamp)))
         + _times(xp, 1 - y, -xp.maximum(xp.log1p(-x), xp.full_like(x, clamp))),

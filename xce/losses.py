@@ -101,7 +101,8 @@ def cross_entropy(
     -----
     Without rows that count, "mean" is NaN and "sum" is 0, with a gradient of zeros. A NaN or +inf in a row,
     or a row of -inf only, makes that row NaN and no other. A target at -inf has the loss +inf and a finite
-    gradient, and a coefficient of 0 makes its term 0 even there. An error leaves every buffer untouched.
+    gradient, and a coefficient of 0 makes its term 0 even there. A logit counts as -inf where its distance from the
+    row's greatest one is beyond the type. An error leaves every buffer untouched.
 
     A float32 loss is too coarse for the finite differences by which an optimiser replaces a missing gradient: pass
     it the gradient (``return_grad=True``; ``jac=True`` in SciPy), or give float64.

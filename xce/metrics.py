@@ -1,4 +1,4 @@
-"""Figures of merit of classifiers, computed from the same row statistics as the losses."""
+"""Metrics of classifiers, computed from the same row statistics as the losses."""
 
 from __future__ import annotations
 

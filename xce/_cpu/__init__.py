@@ -1,4 +1,8 @@
-"""The compiled kernels, one module for each instruction set and storage type, and the choice among them."""
+"""The compiled kernels, one module for each instruction set and storage type, and the choice among them.
+
+A module for each storage type, too, makes `real`, `scalar` and `storage` plain C types that a -D chooses, as for a CUDA
+kernel: there are no fused types, and no header is included twice. Only the modules that are used are imported.
+"""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class Engine(Protocol):
         """Return an array of the host where `like` is."""
 
     def run(self, call: Any) -> Any:
-        """Compute a `Call` or an `ElementCall`: the loss, the gradient and the Hessian diagonal, or what the op is."""
+        """Compute a `Call` or an `ElementCall`: loss, gradient and Hessian diagonal, or what its op asks for."""
 
     def run_linear(self, call: Any) -> Any:
         """Compute a `LinearCall`: the loss, and the gradients or None."""

@@ -3,7 +3,10 @@
     logits = x W' + b,   g = d loss / d logits,   dW += g' x,   db += sum g,   dx = g W
 
 Memory beyond the outputs: a chunk, and slices of classes. BLAS reads and writes where it lies what has the dtype of the
-computation; anything else is converted, inputs by the chunk, weights and their gradient by the slice.
+computation; anything else is converted, inputs by the chunk, weights and their gradient by the slice. The mean is a sum
+with weights of 1 / denominator, so that no chunk needs to know of the others. The first chunk's dW is written where it
+belongs; later ones are added by slices, because NumPy has no product that adds, so fewer and larger chunks are faster.
+A dW of 16 bits is rounded by each chunk; in a buffer of float32 it is not.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Searches for the first bad entry of an array, on any array-API library.
 
-The kernels have the same functions for NumPy arrays; these serve the libraries that have no kernels.
+These serve the libraries that have no kernels; the kernels have their own, but for `scan_repetitions` on a GPU.
 """
 
 from __future__ import annotations

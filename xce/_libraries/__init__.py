@@ -19,7 +19,7 @@ from xce._engines import Engine
 # Top-level package of an array's type (or of one of its bases) -> module of this package.
 _LIBRARIES = {"numpy": "numpy", "torch": "torch", "jax": "jax", "jaxlib": "jax", "cupy": "cupy"}
 
-# A method by which a type that is refused is recognised -> what its owner should do; the first match counts.
+# A method by which a type that is refused is recognised -> what the caller should do; the first match counts.
 _REFUSED = {
     "filled": "masks are not read: fill it first, {name}.filled(value)",
     "to_numpy": "convert it first, {name}.to_numpy()",
