@@ -27,6 +27,8 @@ XCE_FN real divided(real a, real b, real limit) /* a / b, the limit where b is 0
     return r_select(r_eq(b, r_set(0)), limit, a / b);
 }
 
+XCE_FN void scale_derivatives(jet *f, real by) { f->d1 = f->d1 * by, f->d2 = f->d2 * by; }
+
 /* ---- phi: one function per loss, and one line in the list ---------------------------------------------------------- */
 
 XCE_FN jet phi_cross_entropy(log_prob at, scalar parameter)
@@ -456,30 +458,21 @@ XCE_FN scalar label_share(double smoothing) { return (scalar)(1 - smoothing); }
 
 XCE_FN scalar smoothing_share(double smoothing, int64_t n_classes) { return (scalar)(smoothing / (double)n_classes); }
 
-XCE_FN scalar share_of_left(double smoothing, scalar n_left) /* of the classes that `where` leaves */
-{
-    return (scalar)smoothing / n_left;
-}
+/* of the classes that `where` leaves */
+XCE_FN scalar share_of_left(double smoothing, scalar n_left) { return (scalar)smoothing / n_left; }
 
-XCE_FN real dense_coefficient(real share, scalar label_share, real q, real weight)
-{
-    return r_fma(r_set(label_share), q, share) * weight;
-}
+XCE_FN real dense_coefficient(real share, scalar kept, real q, real weight) { return r_fma(r_set(kept), q, share) * weight; }
 
-XCE_FN scalar label_coefficient(int status, int64_t label, scalar label_share, const scalar *weight)
+XCE_FN scalar label_coefficient(int status, int64_t label, scalar kept, const scalar *weight)
 {
-    if (status != ACTIVE)
-        return status == INVALID ? XCE_NAN : 0;
-    return weight ? label_share * weight[label] : label_share;
+    return status == INVALID ? XCE_NAN : status == IGNORED ? 0 : weight ? kept * weight[label] : kept;
 }
 
 /* Of a row of log-probabilities, a being the coefficient of its label, and of the entries of a row that is not summed up:
  * weights that cancel make the factor NaN. */
 XCE_FN scalar nll_value(int status, scalar a, scalar log_prob)
 {
-    if (status == INVALID)
-        return XCE_NAN;
-    return status == ACTIVE && a != 0 ? -a * log_prob : 0;
+    return status == INVALID ? XCE_NAN : status == ACTIVE && a != 0 ? -a * log_prob : 0;
 }
 
 XCE_FN scalar filled_entry(int status, scalar factor)
@@ -598,6 +591,12 @@ XCE_FN log_prob steep_entry(log_prob at, real_pair x, real_pair all) /* any but 
     return steep_share(at, e, r_pair_subtract(all, e), all);
 }
 
+/* Terms of an entry in the sums of its row, and these sums, over all classes but the top one: of d phi, d phi', d phi'' and the
+ * slopes below; of a divergence, of the value, p d1, p d2, and what the student has outside a sparse teacher's classes. */
+typedef struct {
+    real value, d1, d2, extra;
+} row_sums;
+
 /* Where coefficients and phi' both vary, a_k phi'_k - p_k sum_c a_c phi'_c may be a small difference of large terms. With
  *     v_k = a_k phi'_k - p_k a_top phi'_top / p_top,  grad_k = v_k - p_k sum_c v_c,
  * the terms that cancel meet in v_k, each class with the top one (where v is 0): there they have exp(x_k - max) in two parts,
@@ -663,23 +662,17 @@ XCE_FN jet relative_phi(row_slope top, log_prob at, real_pair x, real_pair e, re
     return f;
 }
 
-/* Terms of an entry in a row's sums, and these sums, over all classes but the top one */
-typedef struct {
-    real value, d1, d2; /* of d phi, d phi', d phi'' */
-    real slope;
-} phi_sums;
-
-XCE_FN phi_sums relative_terms(row_slope top, log_prob at, real_pair x, real_pair e, real a, int phi, scalar parameter)
+XCE_FN row_sums relative_terms(row_slope top, log_prob at, real_pair x, real_pair e, real a, int phi, scalar parameter)
 {
     real slope;
     jet f = relative_phi(top, at, x, e, a, phi, parameter, &slope);
-    phi_sums terms = {weighted(a, f.value), weighted(a, f.d1), weighted(a, f.d2), slope};
+    row_sums terms = {weighted(a, f.value), weighted(a, f.d1), weighted(a, f.d2), slope};
     return terms;
 }
 
-XCE_FN phi_sums linear_sums(row_state s, real distances, real weights) /* phi is -u; the sums of d (max - x) and d */
+XCE_FN row_sums linear_sums(row_state s, real distances, real weights) /* phi is -u; the sums of d (max - x) and d */
 {
-    phi_sums sum = {distances + weighted(weights, s.log_z), r_set(0) - weights, r_set(0), r_set(0)};
+    row_sums sum = {distances + weighted(weights, s.log_z), r_set(0) - weights, r_set(0), r_set(0)};
     return sum;
 }
 
@@ -692,14 +685,11 @@ typedef struct {
     real_pair label_entry;  /* of that class */
     rmask label_is_top;
     real d_top, d_label;
-    phi_sums sum;
+    row_sums sum;
     scalar z_loss;
 } row_target;
 
-XCE_FN real top_coefficient(real d_top, real index, rmask label_is_top)
-{
-    return d_top + r_select(label_is_top, index, r_set(0));
-}
+XCE_FN real top_coefficient(real d_top, real index, rmask is_label) { return d_top + r_select(is_label, index, r_set(0)); }
 
 typedef struct {
     real value;
@@ -719,13 +709,6 @@ XCE_FN row_factors loss_factors(row_result r, real factor, real inverse)
 {
     row_factors f = {factor, r.b, r.d, r.far, (r_set(0) - r.slope) * factor * inverse, (r_set(0) - r.b) * factor,
                      (r.b + r.d) * factor};
-    return f;
-}
-
-XCE_FN row_factors softmax_factors(real inverse)
-{
-    const real zero = r_set(0);
-    row_factors f = {zero, zero, zero, zero, inverse, zero, zero};
     return f;
 }
 
@@ -841,7 +824,7 @@ XCE_PART void relative_finish(row_result *r, row_state s, row_target t, row_slop
     real index = r_select(t.label_is_top, r_set(0), t.index), v;
     jet label = relative_phi(slope, at, t.label_entry, r_exp_pair_near(t.label_entry).exp, t.d_label + index, phi,
                              parameter, &v);
-    r->slope = (t.sum.slope + weighted(index, label.d1)) - z_slope(s, t.z_loss).near;
+    r->slope = (t.sum.extra + weighted(index, label.d1)) - z_slope(s, t.z_loss).near;
     r->grad_top = t.factor * (slope.p * (r_set(0) - r->slope));
     r->grad_label = t.factor * (v - at.p * r->slope);
     if (t.z_loss != 0) {
@@ -902,16 +885,10 @@ XCE_PART row_match match_rows(row_state student, row_state teacher, real excess,
     return row;
 }
 
-/* What the sums over all classes but the top one are: of the values, p d1 and p d2. Outside a sparse teacher's classes the student
- * has `outside`, of which the top class is no part. */
-typedef struct {
-    real value, d1, d2, outside;
-} match_sums;
-
-XCE_FN jet match_terms(real p, jet f) /* what a class adds to them */
+XCE_FN row_sums match_terms(real p, jet f)
 {
-    f.d1 = weighted(p, f.d1), f.d2 = weighted(p, f.d2);
-    return f;
+    row_sums terms = {f.value, weighted(p, f.d1), weighted(p, f.d2), r_set(0)};
+    return terms;
 }
 
 XCE_FN scalar value_outside(int divergence) /* of a class that a sparse teacher does not have, in units of p */
@@ -952,15 +929,15 @@ XCE_FN row_factors match_factors(int divergence, row_match row, row_result r, re
     return f;
 }
 
-XCE_PART row_result match_finish(row_state student, row_match row, match_sums sums, real_pair y, real weight, real factor,
+XCE_PART row_result match_finish(row_state student, row_match row, row_sums sums, real_pair y, real weight, real factor,
                                  int divergence)
 {
     prob_pair at = match_top(row, y);
     log_prob top = row_top(student);
     jet f = divergence_term(divergence, at, row);
     row_result r;
-    r.value = (sums.value + r_set(value_outside(divergence)) * sums.outside) + f.value;
-    r.b = divergence == DIVERGENCE_forward ? r_set(0) : sums.d1 + weighted(sums.outside, row.top_softplus);
+    r.value = (sums.value + r_set(value_outside(divergence)) * sums.extra) + f.value;
+    r.b = divergence == DIVERGENCE_forward ? r_set(0) : sums.d1 + weighted(sums.extra, row.top_softplus);
     real sick = student.log_z + (row.teacher_inverse - row.teacher_inverse); /* NaN rows are NaN whatever weighs them */
     r.b = r_select(r_eq(sick, sick), r.b, sick);
     if (divergence == DIVERGENCE_reverse)
@@ -1111,11 +1088,6 @@ XCE_PART real_pair distance_by_softcap(logit_transform t, logit_origin o, real x
     /* infinities stay */
     rmask infinite = r_eq(r_max(r_abs(x), r_abs(o.max)), r_set(XCE_INF));
     return r_pair(r_select(infinite, x - o.max, d.high), r_select(infinite, zero, d.low));
-}
-
-XCE_FN real_pair transform_distance(logit_transform t, logit_origin o, real x) /* f(x) - f(max) */
-{
-    return t.softcap.high != 0 ? distance_by_softcap(t, o, x) : distance_by_temperature(t, o, x);
 }
 
 XCE_PART real transform_logit(logit_transform t, real x) /* f(x); infinities stay */

@@ -138,7 +138,7 @@ cdef inline real without(real a, Py_ssize_t place, real places, Py_ssize_t c, bi
     return r_select(r_eq(places, r_set(<scalar>c)), r_set(0), a)
 
 
-cdef inline phi_sums terms_of_phi(
+cdef inline row_sums terms_of_phi(
     const Job *job, const View *v, int phi, real_pair z, real_pair e, real d
 ) noexcept nogil:
     """Those of entries with coefficients, where slopes are measured against the top entry's."""
@@ -154,7 +154,7 @@ cdef inline void terms(
     cdef real x, e, d
     cdef real_pair z, parts
     cdef steep_term term
-    cdef phi_sums found
+    cdef row_sums found
     if kind >= SUM_DIVERGENCE and keep == PAIRED:
         terms_of_match(job, v, kept_match(v, c, wide), c, wide, kind, keep, skip_top, out)
         return
@@ -168,9 +168,9 @@ cdef inline void terms(
         found = terms_of_phi(job, v, kind - SUM_PHI, z, parts, d)
         if keep == PAIRED:
             keep_part(v, 0, c, wide, parts.high)
-            keep_part(v, 1, c, wide, found.slope)
+            keep_part(v, 1, c, wide, found.extra)
             keep_part(v, 2, c, wide, found.d2)
-        out[0], out[1], out[2], out[3] = found.value, found.d1, found.d2, found.slope
+        out[0], out[1], out[2], out[3] = found.value, found.d1, found.d2, found.extra
     else:
         e = exp_of(job, v, z, level)  # the same where it is kept and where it is formed again
         if kind == SUM_PARTS:
@@ -238,6 +238,7 @@ cdef inline void terms_of_match(
     const Job *job, const View *v, prob_pair at, Py_ssize_t c, bint wide, int kind, int keep, bint skip_top, real *out,
 ) noexcept nogil:
     cdef jet f = divergence_term(FIRST_DIVERGENCE + kind - SUM_DIVERGENCE, at, v.by.match)
+    cdef row_sums found = match_terms(at.p, f)
     if keep == PAIRED:
         keep_part(v, 0, c, wide, at.p)
         keep_part(v, 1, c, wide, f.d1)
@@ -245,8 +246,7 @@ cdef inline void terms_of_match(
     out[0] = without_top(v, f.value, c, wide) if skip_top else f.value
     if kind == SUM_DIVERGENCE:         # the forward one needs no other sum
         return
-    f = match_terms(at.p, f)
-    out[1], out[2] = f.d1, f.d2
+    out[1], out[2] = found.d1, found.d2
     if skip_top:
         out[1], out[2] = without_top(v, out[1], c, wide), without_top(v, out[2], c, wide)
 
@@ -273,7 +273,7 @@ cdef inline void write(
     cdef real e, p, slope, d2
     cdef real_pair z, parts
     cdef prob_pair match
-    cdef phi_sums found
+    cdef row_sums found
     cdef jet at
     z.high, z.low, slope, d2 = r_set(0), r_set(0), r_set(0), r_set(0)
     if job.what == LOG_SOFTMAX:
@@ -304,7 +304,7 @@ cdef inline void write(
             if relative:
                 parts = r_exp_pair_near(z).exp
                 found = terms_of_phi(job, v, job.phi, z, parts, coefficients(job, v, c, n, wide, level))
-                e, slope, d2 = parts.high, found.slope, found.d2
+                e, slope, d2 = parts.high, found.extra, found.d2
             else:
                 e = exp_of(job, v, z, level)
         at = entry_derivatives(v.out, v.inverse, e)

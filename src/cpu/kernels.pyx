@@ -71,14 +71,11 @@ cdef extern from "formulas.h" nogil:
     ctypedef struct prob_pair:
         real p, t, d, above_top, d_low
     ctypedef struct row_match:
-        real inverse, teacher_inverse, apart, top_share, top_softplus
-        real_pair gap
+        pass
     ctypedef struct row_factors:
         real factor, b, d, far, exp, hess1, hess2
-    ctypedef struct phi_sums:
-        real value, d1, d2, slope
-    ctypedef struct match_sums:
-        real value, d1, d2, outside
+    ctypedef struct row_sums:
+        real value, d1, d2, extra
     ctypedef struct jet:
         real value, d1, d2
     ctypedef struct scalar_pair:
@@ -89,13 +86,12 @@ cdef extern from "formulas.h" nogil:
         real max
     ctypedef struct row_state:
         exp_reference ref
-        real max, greatest, shrunk, top, rest, rest_low, inverse, log_z
+        real max, greatest, rest_low, inverse, log_z
     ctypedef struct row_slope:
-        real a_top, p, not_d1
-        real_pair top, share
+        pass
     ctypedef struct row_target:
         real factor, weight, index, d_top, d_label
-        phi_sums sum
+        row_sums sum
         scalar z_loss
         real_pair label_entry
         rmask label_is_top
@@ -104,7 +100,6 @@ cdef extern from "formulas.h" nogil:
 
     real r_set(scalar a)
     real r_iota()
-    real r_fma(real a, real b, real c)
     real r_abs(real a)
     real r_max(real a, real b)
     rmask r_gt(real a, real b)
@@ -119,8 +114,6 @@ cdef extern from "formulas.h" nogil:
     scalar r_sum_of_lanes(real a)
     real r_load_scalars(const scalar *p)
     void r_store_scalars(scalar *p, real a)
-    scalar s_load(const storage *p)
-    void s_store(storage *p, scalar a)
     void prefetch(const char *p)
     void prefetch_far(const char *p)
     void prefetch_to_write(const char *p)
@@ -153,9 +146,9 @@ cdef extern from "formulas.h" nogil:
     scalar label_share(double smoothing)
     scalar smoothing_share(double smoothing, int64_t n_classes)
     scalar share_of_left(double smoothing, scalar n_left)
-    real dense_coefficient(real share, scalar label_share, real q, real weight)
-    scalar label_coefficient(int status, int64_t label, scalar label_share, const scalar *weight)
-    real top_coefficient(real d_top, real index, rmask label_is_top)
+    real dense_coefficient(real share, scalar kept, real q, real weight)
+    scalar label_coefficient(int status, int64_t label, scalar kept, const scalar *weight)
+    real top_coefficient(real d_top, real index, rmask is_label)
     scalar nll_value(int status, scalar a, scalar log_prob)
     scalar filled_entry(int status, scalar factor)
     log_prob log_prob_of(real max, real log_z, real_pair x, real p)
@@ -164,10 +157,9 @@ cdef extern from "formulas.h" nogil:
     real row_spread(row_state s)
     row_slope slope_of_top(row_state s, real a_top, int phi, scalar parameter)
     void relative_finish(row_result *r, row_state s, row_target t, row_slope slope, int phi, scalar parameter)
-    phi_sums relative_terms(row_slope top, log_prob at, real_pair x, real_pair e, real a, int phi, scalar parameter)
-    phi_sums linear_sums(row_state s, real distances, real weights)
+    row_sums relative_terms(row_slope top, log_prob at, real_pair x, real_pair e, real a, int phi, scalar parameter)
+    row_sums linear_sums(row_state s, real distances, real weights)
     row_factors loss_factors(row_result r, real factor, real inverse)
-    row_factors softmax_factors(real inverse)
     row_factors match_factors(int divergence, row_match row, row_result r, real factor)
     jet entry_derivatives(row_factors f, real inverse, real e)
     real linear_derivative(row_factors f, real grad, real d)
@@ -179,10 +171,10 @@ cdef extern from "formulas.h" nogil:
     prob_pair match_entry(row_match row, distance_pair at)
     row_match match_rows(row_state student, row_state teacher, real excess, real_pair y)
     jet divergence_term(int divergence, prob_pair at, row_match row)
-    jet match_terms(real p, jet f)
+    row_sums match_terms(real p, jet f)
     jet match_derivatives(int divergence, jet f, real p, row_factors row)
     row_result match_finish(
-        row_state student, row_match row, match_sums sums, real_pair y, real weight, real factor, int divergence
+        row_state student, row_match row, row_sums sums, real_pair y, real weight, real factor, int divergence
     )
     void add_far(real far, real factor, real p, real not_p, real *grad, real *hess)
     logit_transform transform_of(double softcap, double temperature)

@@ -162,9 +162,6 @@ cdef void sum_wide_phi2(const Job *job, const View *v, real *sums) noexcept nogi
 cdef void sum_wide_phi3(const Job *job, const View *v, real *sums) noexcept nogil:
     reduce(job, v, True, MIXED, SUM_PHI + 3, PAIRED, sums)
 
-cdef void sum_wide_any_phi(const Job *job, const View *v, int kind, int keep, real *sums) noexcept nogil:
-    reduce(job, v, True, MIXED, kind, keep, sums)
-
 cdef void sum_wide_phi(const Job *job, const View *v, int kind, int keep, real *sums) noexcept nogil:
     if keep == PAIRED and kind == SUM_PHI + 1:
         sum_wide_phi1(job, v, sums)
@@ -173,7 +170,7 @@ cdef void sum_wide_phi(const Job *job, const View *v, int kind, int keep, real *
     elif keep == PAIRED and kind == SUM_PHI + 3:
         sum_wide_phi3(job, v, sums)
     else:
-        sum_wide_any_phi(job, v, kind, keep, sums)
+        sum_wide_mixed(job, v, kind, keep, sums)
 
 cdef void sum_wide_teacher(const Job *job, const View *v, real *sums) noexcept nogil:
     reduce(job, v, True, MIXED, SUM_TEACHER, FORGET, sums)
@@ -225,9 +222,6 @@ cdef void sum_many_phi2(const Job *job, const View *v, real *sums) noexcept nogi
 cdef void sum_many_phi3(const Job *job, const View *v, real *sums) noexcept nogil:
     reduce(job, v, False, MIXED, SUM_PHI + 3, PAIRED, sums)
 
-cdef void sum_many_any_phi(const Job *job, const View *v, int kind, int keep, real *sums) noexcept nogil:
-    reduce(job, v, False, MIXED, kind, keep, sums)
-
 cdef void sum_many_phi(const Job *job, const View *v, int kind, int keep, real *sums) noexcept nogil:
     if keep == PAIRED and kind == SUM_PHI + 1:
         sum_many_phi1(job, v, sums)
@@ -236,7 +230,7 @@ cdef void sum_many_phi(const Job *job, const View *v, int kind, int keep, real *
     elif keep == PAIRED and kind == SUM_PHI + 3:
         sum_many_phi3(job, v, sums)
     else:
-        sum_many_any_phi(job, v, kind, keep, sums)
+        sum_many_mixed(job, v, kind, keep, sums)
 
 cdef void sum_many_teacher(const Job *job, const View *v, real *sums) noexcept nogil:
     reduce(job, v, False, MIXED, SUM_TEACHER, PAIRED, sums)
@@ -648,6 +642,13 @@ cdef void set_slopes(const Job *job, Tile *tile) noexcept nogil:
     tile.slope = slope_of_top(tile.state, a_top, job.phi, job.parameter)
 
 
+cdef inline row_sums second_sums(const Tile *tile) noexcept nogil:
+    cdef row_sums sums
+    sums.value, sums.d1 = r_load_scalars(tile.phi_sums[0]), r_load_scalars(tile.phi_sums[1])
+    sums.d2, sums.extra = r_load_scalars(tile.phi_sums[2]), r_load_scalars(tile.phi_sums[3])
+    return sums
+
+
 cdef void finish_slopes(const Job *job, const Tile *tile, const row_target *t, row_result *r) noexcept nogil:
     relative_finish(r, tile.state, t[0], tile.slope, job.phi, job.parameter)
 
@@ -687,13 +688,9 @@ cdef inline void finish(const Job *job, Tile *tile) noexcept nogil:
     t.weight = r_load_scalars(tile.sample)
     t.factor = t.weight * r_set(job.scale)
     t.z_loss = job.z_loss
-    if job.relative:
-        t.sum.value, t.sum.d1 = r_load_scalars(tile.phi_sums[0]), r_load_scalars(tile.phi_sums[1])
-        t.sum.d2, t.sum.slope = r_load_scalars(tile.phi_sums[2]), r_load_scalars(tile.phi_sums[3])
-    else:
-        if job.dense:
-            distances_sum, weights = r_load_scalars(tile.sums[1]), r_load_scalars(tile.sums[2])
-        t.sum = linear_sums(tile.state, distances_sum, weights)
+    if job.dense:
+        distances_sum, weights = r_load_scalars(tile.sums[1]), r_load_scalars(tile.sums[2])
+    t.sum = second_sums(tile) if job.relative else linear_sums(tile.state, distances_sum, weights)
     r = row_finish(tile.state, t, job.phi, job.parameter)
     if job.relative:
         finish_slopes(job, tile, &t, &r)

@@ -142,23 +142,13 @@ cdef inline real_pair teacher_at_top(const Job *job, const Tile *tile) noexcept 
     return distances(job, &origin, r_load_scalars(logit))
 
 
-cdef inline void pick_match(row_match *row, int i) noexcept nogil:
-    """Row i's in every lane."""
-    row.inverse, row.teacher_inverse, row.apart = lane(row.inverse, i), lane(row.teacher_inverse, i), lane(row.apart, i)
-    row.gap.high, row.gap.low = lane(row.gap.high, i), lane(row.gap.low, i)
-    row.top_share, row.top_softplus = lane(row.top_share, i), lane(row.top_softplus, i)
-
-
 cdef void finish_divergence(const Job *job, Tile *tile) noexcept nogil:
     """Step 2."""
-    cdef match_sums sums
+    cdef row_sums sums = second_sums(tile)
     cdef real weight = r_load_scalars(tile.sample)
     cdef scalar raw[LANES]
     cdef int i
-    sums.value, sums.d1 = r_load_scalars(tile.phi_sums[0]), r_load_scalars(tile.phi_sums[1])
-    sums.d2, sums.outside = r_load_scalars(tile.phi_sums[2]), r_set(0)
-    if job.sparse_teacher:
-        sums.outside = r_load_scalars(tile.sums[1]) * tile.state.inverse
+    sums.extra = r_load_scalars(tile.sums[1]) * tile.state.inverse if job.sparse_teacher else r_set(0)
     tile.result = match_finish(
         tile.state, tile.match, sums, teacher_at_top(job, tile), weight, weight * r_set(job.scale), job.phi
     )

@@ -5,7 +5,7 @@ cdef inline void set_outputs(const Job *job, const Tile *tile, View *v) noexcept
     cdef real factor = r_load_scalars(tile.sample) * r_set(job.scale)
     v.inverse, v.log_z, v.max = tile.state.inverse, tile.state.log_z, tile.state.max
     if job.what != LOSS:
-        v.out = softmax_factors(v.inverse)
+        v.out.exp = v.inverse
     elif job.sparse_teacher:
         v.out = match_factors(job.phi, tile.match, tile.result, factor)
     else:
@@ -21,20 +21,21 @@ cdef inline void set_outputs(const Job *job, const Tile *tile, View *v) noexcept
 cdef inline void pick_row(const Job *job, const Tile *tile, View *v, int i) noexcept nogil:
     """Row i's in every lane."""
     v.inverse, v.log_z, v.max, v.share = lane(v.inverse, i), lane(v.log_z, i), lane(v.max, i), lane(v.share, i)
-    v.out.factor, v.out.b, v.out.d, v.out.far = (
-        lane(v.out.factor, i), lane(v.out.b, i), lane(v.out.d, i), lane(v.out.far, i)
-    )
-    v.out.exp, v.out.hess1, v.out.hess2 = lane(v.out.exp, i), lane(v.out.hess1, i), lane(v.out.hess2, i)
+    fill_lanes(<real *>&v.out, sizeof(row_factors), i)
     v.ref = r_exp_reference(v.max)
     if job.by_distance:
         v.by.origin = transform_origin(job.transform, r_set(tile.max[i]))
     if job.teacher != NULL:
-        pick_match(&v.by.match, i)
+        fill_lanes(<real *>&v.by.match, sizeof(row_match), i)
     if job.relative:
-        v.by.slope.a_top, v.by.slope.p = lane(v.by.slope.a_top, i), lane(v.by.slope.p, i)
-        v.by.slope.not_d1 = lane(v.by.slope.not_d1, i)
-        v.by.slope.top.high, v.by.slope.top.low = lane(v.by.slope.top.high, i), lane(v.by.slope.top.low, i)
-        v.by.slope.share.high, v.by.slope.share.low = lane(v.by.slope.share.high, i), lane(v.by.slope.share.low, i)
+        fill_lanes(<real *>&v.by.slope, sizeof(row_slope), i)
+
+
+cdef inline void fill_lanes(real *a, size_t size, int i) noexcept nogil:
+    """Lane i of every number of a structure in all its lanes."""
+    cdef size_t k
+    for k in range(size // sizeof(real)):
+        a[k] = lane(a[k], i)
 
 
 cdef inline real lane(real a, int i) noexcept nogil:
@@ -167,11 +168,11 @@ cdef void wide_tile(const Job *job, Tile *tile, real *stage) noexcept nogil:
             if job.teacher != NULL:
                 view_pair(job, tile, &v, stage, i)
                 v.top = tile.top_place[i] if job.sparse_teacher else tile.top[i]
-                sum_pair(job, &v, SUM_DIVERGENCE + job.phi - FIRST_DIVERGENCE, sums)
+                sum_pair(job, &v, second_reading(job), sums)
             else:
                 v.top = tile.top[i]
                 view_kept(job, &v, stage, i)
-                sum_rows(job, &v, SUM_PHI + job.phi, keep, sums)
+                sum_rows(job, &v, second_reading(job), keep, sums)
             for k in range(TERMS):
                 tile.phi_sums[k][i] = first_lane(sums[k])
     finish_loss(job, tile)
@@ -302,10 +303,10 @@ cdef void many_tile(const Job *job, Tile *tile, real *stage) noexcept nogil:
     if job.teacher != NULL or (job.dense and not job.linear):
         set_outputs(job, tile, &v)
         if job.teacher != NULL:
-            sum_pair(job, &v, SUM_DIVERGENCE + job.phi - FIRST_DIVERGENCE, sums)
+            sum_pair(job, &v, second_reading(job), sums)
         else:
             view_kept(job, &v, stage, 0)
-            sum_rows(job, &v, SUM_PHI + job.phi, keep, sums)
+            sum_rows(job, &v, second_reading(job), keep, sums)
         for i in range(TERMS):
             r_store_scalars(tile.phi_sums[i], sums[i])
     finish_loss(job, tile)
@@ -336,6 +337,10 @@ cdef inline int first_reading(const Job *job) noexcept nogil:
     if job.steep:
         return SUM_PARTS
     return SUM_LINEAR if job.what == STATE or (job.dense and job.linear) else SUM_EXP
+
+
+cdef inline int second_reading(const Job *job) noexcept nogil:
+    return SUM_PHI + job.phi if job.phi < FIRST_DIVERGENCE else SUM_DIVERGENCE + job.phi - FIRST_DIVERGENCE
 
 
 cdef inline void put_rows(const Job *job, const Tile *tile, int k, real a, bint zero_if_ignored) noexcept nogil:

@@ -247,10 +247,7 @@ XCE_FN void chunked_row(const row_job &j, int64_t row, chunk *kept, message_boar
     const row_view v = view_row<LEVEL>(j, row);
     const row_chunks s = chunks_of(j, v);
     if (is_filled(j, v)) {
-        const filled_row f = fill(j, v, rank == 0);
-        if (WHAT(j) == NLL && v.grad)
-            group_barrier<GROUP, CLUSTER>(); /* the gradient may go where the entry at the label has just been read */
-        fill_row<GROUP, CLUSTER>(j, v, s, f, rank);
+        fill_row<GROUP, CLUSTER>(j, v, s, fill<GROUP, CLUSTER>(j, v, rank == 0), rank);
         return;
     }
     keep_chunks<GROUP, CLUSTER>(j, s, rank, kept);
@@ -311,12 +308,8 @@ XCE_FN void chunked_row(const row_job &j, int64_t row, chunk *kept, message_boar
             finish_row<LEVEL>(j, v, &r, linear_sums(r.state, linear[0], linear[1]));
         });
     else {
-        statistics found = {r_sum_total(spread), above};
-        if (WHAT(j) == STATS)
-            found = agree<GROUP, CLUSTER>(found, board);
-        found.above += top.value > v.label_logit;
-        put_statistics<GROUP, CLUSTER, LEVEL>(j, v, r, top.value, linear[0], found, rank, board);
-        r.out = softmax_factors(r.state.inverse);
+        statistics found = {r_sum_total(spread), above + (rank == 0 && top.value > v.label_logit)};
+        put_statistics<GROUP, CLUSTER, LEVEL>(j, v, &r, top.value, linear[0], found, rank, board);
     }
     if (v.grad || v.hess) {
         group_barrier<GROUP, CLUSTER>(); /* others may still read the entry at the label where the gradient goes */

@@ -4,7 +4,7 @@
 #define XCE_ENTRIES_H
 
 /* What an entry with a coefficient adds to the sums; z is what row_entry takes. */
-XCE_FN phi_sums terms_of_phi(const row_job &j, const row_view &v, const row_outputs &r, int64_t c, real_pair z)
+XCE_FN row_sums terms_of_phi(const row_job &j, const row_view &v, const row_outputs &r, int64_t c, real_pair z)
 {
     return relative_terms(r.slope, row_entry(r.state, z), z, r_exp_pair_near(z).exp, coefficient(j, v, c), PHI(j),
                           (scalar)j.options.parameter);
@@ -20,8 +20,8 @@ XCE_FN void loss_derivatives(const row_job &j, const row_view &v, const row_outp
         const prob_pair pair = pair_at(j, v, r, c, c);
         *at = match_derivatives(PHI(j), divergence_term(PHI(j), pair, r.match), pair.p, r.out);
     } else if (LEVEL == FULL && j.dense) {
-        const phi_sums f = terms_of_phi(j, v, r, c, z);
-        relative_derivatives(r.out, at, f.slope, f.d2);
+        const row_sums f = terms_of_phi(j, v, r, c, z);
+        relative_derivatives(r.out, at, f.extra, f.d2);
     }
     if (LEVEL == FULL && r.out.far != 0)
         add_far(r.out.far, r.out.factor, at->value, 1 - at->value, &at->d1, &at->d2);
@@ -111,7 +111,7 @@ XCE_FN scalar meet_teacher(const row_job &j, const row_view &v, row_outputs *r, 
 
 /* The sums of a divergence over all classes of the teacher but the top one. */
 template <int GROUP, int CLUSTER>
-XCE_FN match_sums sum_pair(const row_job &j, const row_view &v, const row_outputs &r, int64_t rank, message_board *board)
+XCE_FN row_sums sum_pair(const row_job &j, const row_view &v, const row_outputs &r, int64_t rank, message_board *board)
 {
     real_sum f[3] = {{0, 0}, {0, 0}, {0, 0}};
     const int64_t n = v.indices ? j.n_places : j.n_classes;
@@ -120,29 +120,29 @@ XCE_FN match_sums sum_pair(const row_job &j, const row_view &v, const row_output
         if (c < 0 || c == r.top)
             continue;
         const prob_pair at = pair_at(j, v, r, place, c);
-        const jet g = match_terms(at.p, divergence_term(PHI(j), at, r.match));
+        const row_sums g = match_terms(at.p, divergence_term(PHI(j), at, r.match));
         add_to(&f[0], g.value), add_to(&f[1], g.d1), add_to(&f[2], g.d2);
     }
     sums<3> all = {{r_sum_total(f[0]), r_sum_total(f[1]), r_sum_total(f[2])}};
     all = agree<GROUP, CLUSTER>(all, board);
-    match_sums found = {all.at[0], all.at[1], all.at[2], 0};
+    row_sums found = {all.at[0], all.at[1], all.at[2], 0};
     return found;
 }
 
 /* The sums of phi, its derivatives and the slopes over all classes but the top one, where they are not linear. */
 template <int GROUP, int CLUSTER>
-XCE_FN phi_sums sum_phi(const row_job &j, const row_view &v, const row_outputs &r, int64_t rank, message_board *board)
+XCE_FN row_sums sum_phi(const row_job &j, const row_view &v, const row_outputs &r, int64_t rank, message_board *board)
 {
     real_sum f[4] = {{0, 0}, {0, 0}, {0, 0}, {0, 0}};
     for (int64_t c = rank; c < j.n_classes; c += GROUP * CLUSTER) {
         if (c == r.top)
             continue;
-        const phi_sums g = terms_of_phi(j, v, r, c, distance_or_logit<FULL>(j, r.origin, entry<FULL>(j, v, c)));
-        add_to(&f[0], g.value), add_to(&f[1], g.d1), add_to(&f[2], g.d2), add_to(&f[3], g.slope);
+        const row_sums g = terms_of_phi(j, v, r, c, distance_or_logit<FULL>(j, r.origin, entry<FULL>(j, v, c)));
+        add_to(&f[0], g.value), add_to(&f[1], g.d1), add_to(&f[2], g.d2), add_to(&f[3], g.extra);
     }
     sums<4> all = {{r_sum_total(f[0]), r_sum_total(f[1]), r_sum_total(f[2]), r_sum_total(f[3])}};
     all = agree<GROUP, CLUSTER>(all, board);
-    const phi_sums found = {all.at[0], all.at[1], all.at[2], all.at[3]};
+    const row_sums found = {all.at[0], all.at[1], all.at[2], all.at[3]};
     return found;
 }
 
@@ -184,9 +184,7 @@ XCE_FN void plain_row(const row_job &j, int64_t row, message_board *board, row_f
         leave_classes(j, &v, agree<GROUP, CLUSTER>(left, board).at[0]);
     }
     if (is_filled(j, v)) {
-        const filled_row f = fill(j, v, rank == 0);
-        if (WHAT(j) == NLL && v.grad)
-            group_barrier<GROUP, CLUSTER>();
+        const filled_row f = fill<GROUP, CLUSTER>(j, v, rank == 0);
         for (int64_t c = rank; c < n; c += GROUP * CLUSTER) {
             write_entry(j, v, c, c == v.label.value ? f.at_label : f.elsewhere, f.elsewhere);
         }
@@ -245,11 +243,11 @@ XCE_FN void plain_row(const row_job &j, int64_t row, message_board *board, row_f
     if (LEVEL == FULL && WHAT(j) == LOSS && j.teacher) {
         int64_t top_place;
         const scalar outside = meet_teacher<GROUP, CLUSTER>(j, v, &r, rank, &top_place, board);
-        match_sums found = sum_pair<GROUP, CLUSTER>(j, v, r, rank, board);
-        found.outside = outside;
+        row_sums found = sum_pair<GROUP, CLUSTER>(j, v, r, rank, board);
+        found.extra = outside;
         close_loss<GROUP>(j, v, &r, shared, rank == 0, [&] { finish_pair(j, v, &r, found, top_place); });
     } else if (WHAT(j) == LOSS) {
-        phi_sums sum = linear_sums(r.state, linear[0], linear[1]);
+        row_sums sum = linear_sums(r.state, linear[0], linear[1]);
         if (is_relative<LEVEL>(j)) {
             scalar a_top = top_coefficient(coefficient(j, v, r.top), weigh_row(j, v).index, label_is_top(v, r.top));
             r.slope = slope_of_top(r.state, a_top, PHI(j), (scalar)j.options.parameter);
@@ -258,10 +256,7 @@ XCE_FN void plain_row(const row_job &j, int64_t row, message_board *board, row_f
         close_loss<GROUP>(j, v, &r, shared, rank == 0, [&] { finish_row<LEVEL>(j, v, &r, sum); });
     } else {
         statistics found = {r_sum_total(spread), above};
-        if (WHAT(j) == STATS)
-            found = agree<GROUP, CLUSTER>(found, board);
-        put_statistics<GROUP, CLUSTER, LEVEL>(j, v, r, top.value, linear[0], found, rank, board);
-        r.out = softmax_factors(r.state.inverse);
+        put_statistics<GROUP, CLUSTER, LEVEL>(j, v, &r, top.value, linear[0], found, rank, board);
     }
     if (!v.grad && !v.hess)
         return;

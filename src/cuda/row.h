@@ -219,7 +219,7 @@ XCE_FN void put_result(const row_job &j, const row_view &v, row_outputs *r, row_
 }
 
 /* `found`: the sums over the classes of the teacher, which has the top one at `top_place` */
-XCE_FN void finish_pair(const row_job &j, const row_view &v, row_outputs *r, match_sums found, int64_t top_place)
+XCE_FN void finish_pair(const row_job &j, const row_view &v, row_outputs *r, row_sums found, int64_t top_place)
 {
     const row_weight w = weigh_row(j, v);
     row_result f = match_finish(r->state, r->match, found, teacher_at_top(j, v, r->teacher_origin, top_place), w.sample,
@@ -229,7 +229,7 @@ XCE_FN void finish_pair(const row_job &j, const row_view &v, row_outputs *r, mat
 
 XCE_FN bool label_is_top(const row_view &v, int64_t top) { return v.label.value < 0 || v.label.value == top; }
 
-template <int LEVEL> XCE_FN void finish_row(const row_job &j, const row_view &v, row_outputs *r, phi_sums sum)
+template <int LEVEL> XCE_FN void finish_row(const row_job &j, const row_view &v, row_outputs *r, row_sums sum)
 {
     const bool is_dense = LEVEL > SPARSE && j.dense;
     const row_weight w = weigh_row(j, v);
@@ -268,14 +268,17 @@ XCE_FN void close_loss(const row_job &j, const row_view &v, row_outputs *r, row_
         *(scalar *)row_of(j, j.value, find_row(j, v.row)) = r->value;
 }
 
-/* The row outputs of what is not a loss. */
+/* The row outputs of what is not a loss, `found` being a thread's share, and what its entries are written with. */
 template <int GROUP, int CLUSTER, int LEVEL>
-XCE_FN void put_statistics(const row_job &j, const row_view &v, const row_outputs &r, scalar top_logit, scalar linear,
+XCE_FN void put_statistics(const row_job &j, const row_view &v, row_outputs *r, scalar top_logit, scalar linear,
                            statistics found, int64_t rank, message_board *board)
 {
+    if (WHAT(j) == STATS)
+        found = agree<GROUP, CLUSTER>(found, board);
+    r->out.exp = r->state.inverse, r->out.hess1 = r->out.hess2 = 0;
     if (!j.value.data)
         return;
-    scalar lse = row_lse(r.state);
+    scalar lse = row_lse(r->state);
     int64_t nan = -1;
     if (lse != lse && WHAT(j) != STATE) { /* of infinities it is the greatest of them; only NaN makes it NaN */
         greatest first = {0, NOWHERE};
@@ -291,7 +294,7 @@ XCE_FN void put_statistics(const row_job &j, const row_view &v, const row_output
     if (rank != 0)
         return;
     const row_place at = find_row(j, v.row);
-    *(scalar *)row_of(j, j.value, at) = WHAT(j) == STATE ? r.state.greatest : lse;
+    *(scalar *)row_of(j, j.value, at) = WHAT(j) == STATE ? r->state.greatest : lse;
     if (WHAT(j) == LOGSUMEXP)
         return;
     scalar label_logit = v.label_logit;
@@ -299,12 +302,12 @@ XCE_FN void put_statistics(const row_job &j, const row_view &v, const row_output
         label_logit = transform_logit(transform_of(j.options.softcap, j.options.temperature), label_logit);
     *(scalar *)row_of(j, j.label_logit, at) = v.label.value >= 0 ? label_logit : XCE_NAN;
     if (WHAT(j) == STATE) {
-        *(scalar *)row_of(j, j.spread, at) = row_spread(r.state);
+        *(scalar *)row_of(j, j.spread, at) = row_spread(r->state);
         *(scalar *)row_of(j, j.linear, at) = linear;
         return;
     }
-    *(scalar *)row_of(j, j.spread, at) = row_entropy(r.state, found.spread);
-    *(int64_t *)row_of(j, j.top, at) = nan < 0 ? r.top : nan;
+    *(scalar *)row_of(j, j.spread, at) = row_entropy(r->state, found.spread);
+    *(int64_t *)row_of(j, j.top, at) = nan < 0 ? r->top : nan;
     *(int64_t *)row_of(j, j.rank, at) = v.label.value >= 0 && nan < 0 ? found.above : -1;
 }
 
@@ -336,13 +339,15 @@ XCE_FN bool is_filled(const row_job &j, const row_view &v)
     return WHAT(j) == NLL || v.label.status == IGNORED;
 }
 
-XCE_FN filled_row fill(const row_job &j, const row_view &v, bool is_first)
+template <int GROUP, int CLUSTER> XCE_FN filled_row fill(const row_job &j, const row_view &v, bool is_first)
 {
     const row_weight w = weigh_row(j, v);
     const scalar elsewhere = filled_entry(v.label.status, w.factor);
     filled_row f = {v.label.value >= 0 ? -(w.index * w.factor) : elsewhere, elsewhere};
     if (is_first && j.value.data)
         *(scalar *)row_of(j, j.value, find_row(j, v.row)) = nll_value(v.label.status, w.index * w.sample, v.label_logit);
+    if (WHAT(j) == NLL && v.grad)
+        group_barrier<GROUP, CLUSTER>(); /* the gradient may go where the entry at the label has just been read */
     return f;
 }
 
