@@ -27,6 +27,8 @@ XCE_FN real divided(real a, real b, real limit) /* a / b, the limit where b is 0
     return r_select(r_eq(b, r_set(0)), limit, a / b);
 }
 
+XCE_FN void scale_derivatives(jet *f, real by) { f->d1 = f->d1 * by, f->d2 = f->d2 * by; }
+
 /* ---- phi: one function per loss, and one line in the list ---------------------------------------------------------- */
 
 XCE_FN jet phi_cross_entropy(log_prob at, scalar parameter)
@@ -449,6 +451,35 @@ XCE_FN jet element_kl_div_log_target(real u, two_part v, two_part w, parameters 
 
 XCE_NAMES XCE_ELEMENT_NAMES[] = {XCE_ELEMENT_LOSSES(XCE_NAME)};
 
+/* ---- coefficients --------------------------------------------------------------------------------------------------- */
+
+/* d = w ((1 - eps) q + eps / C) of every class, and w (1 - eps) more of the labelled one */
+XCE_FN scalar label_share(double smoothing) { return (scalar)(1 - smoothing); }
+
+XCE_FN scalar smoothing_share(double smoothing, int64_t n_classes) { return (scalar)(smoothing / (double)n_classes); }
+
+/* of the classes that `where` leaves */
+XCE_FN scalar share_of_left(double smoothing, scalar n_left) { return (scalar)smoothing / n_left; }
+
+XCE_FN real dense_coefficient(real share, scalar kept, real q, real weight) { return r_fma(r_set(kept), q, share) * weight; }
+
+XCE_FN scalar label_coefficient(int status, int64_t label, scalar kept, const scalar *weight)
+{
+    return status == INVALID ? XCE_NAN : status == IGNORED ? 0 : weight ? kept * weight[label] : kept;
+}
+
+/* Of a row of log-probabilities, a being the coefficient of its label, and of the entries of a row that is not summed up:
+ * weights that cancel make the factor NaN. */
+XCE_FN scalar nll_value(int status, scalar a, scalar log_prob)
+{
+    return status == INVALID ? XCE_NAN : status == ACTIVE && a != 0 ? -a * log_prob : 0;
+}
+
+XCE_FN scalar filled_entry(int status, scalar factor)
+{
+    return status == INVALID || (status == ACTIVE && factor != factor) ? XCE_NAN : 0;
+}
+
 /* ---- a row ---------------------------------------------------------------------------------------------------------- */
 
 /* A z-loss beyond FAR is computed in units in which it does not overflow. */
@@ -496,14 +527,24 @@ XCE_FN log_prob row_top(row_state s)
     return at;
 }
 
-XCE_FN log_prob row_entry(row_state s, real_pair x) /* any entry but the top one: p <= 1/2 */
+XCE_FN log_prob log_prob_of(real max, real log_z, real_pair x, real p) /* of any entry but the top one: p <= 1/2 */
 {
-    real p = r_exp_relative_pair(x, s.ref) * s.inverse;
-    log_prob at = {((x.high - s.max) - s.log_z) + x.low, p, r_set(1) - p, r_set(0)};
+    log_prob at = {((x.high - max) - log_z) + x.low, p, r_set(1) - p, r_set(0)};
     return at;
 }
 
+XCE_FN log_prob row_entry(row_state s, real_pair x)
+{
+    return log_prob_of(s.max, s.log_z, x, r_exp_relative_pair(x, s.ref) * s.inverse);
+}
+
+XCE_FN real below_top(real a, real max, real x) { return weighted(a, max - x); } /* the terms of linear losses and the entropy */
+
 XCE_FN real row_lse(row_state s) { return s.greatest + s.log_z; }
+
+XCE_FN real row_entropy(row_state s, real sum) { return s.log_z + sum * s.inverse; } /* sum: of exp (max - x) */
+
+XCE_FN real row_spread(row_state s) { return s.rest / s.top; }
 
 /* Of a steep loss entries are distances, so that top is 1 (or NaN), and exp is added up in three parts: multiples of 2^-26 and of
  * 2^-52, the sums of which are exact, and what is left, the sum of which errs by little, also beside a sum of small terms. */
@@ -549,6 +590,12 @@ XCE_FN log_prob steep_entry(log_prob at, real_pair x, real_pair all) /* any but 
     real_pair e = steep_exp(x).exp;
     return steep_share(at, e, r_pair_subtract(all, e), all);
 }
+
+/* Terms of an entry in the sums of its row, and these sums, over all classes but the top one: of d phi, d phi', d phi'' and the
+ * slopes below; of a divergence, of the value, p d1, p d2, and what the student has outside a sparse teacher's classes. */
+typedef struct {
+    real value, d1, d2, extra;
+} row_sums;
 
 /* Where coefficients and phi' both vary, a_k phi'_k - p_k sum_c a_c phi'_c may be a small difference of large terms. With
  *     v_k = a_k phi'_k - p_k a_top phi'_top / p_top,  grad_k = v_k - p_k sum_c v_c,
@@ -615,6 +662,20 @@ XCE_FN jet relative_phi(row_slope top, log_prob at, real_pair x, real_pair e, re
     return f;
 }
 
+XCE_FN row_sums relative_terms(row_slope top, log_prob at, real_pair x, real_pair e, real a, int phi, scalar parameter)
+{
+    real slope;
+    jet f = relative_phi(top, at, x, e, a, phi, parameter, &slope);
+    row_sums terms = {weighted(a, f.value), weighted(a, f.d1), weighted(a, f.d2), slope};
+    return terms;
+}
+
+XCE_FN row_sums linear_sums(row_state s, real distances, real weights) /* phi is -u; the sums of d (max - x) and d */
+{
+    row_sums sum = {distances + weighted(weights, s.log_z), r_set(0) - weights, r_set(0), r_set(0)};
+    return sum;
+}
+
 /* What the target says of a row. The dense coefficients d_c come from probabilities and smoothing, the index adds `index` to
  * one of them; sums run over all classes but the top one. */
 typedef struct {
@@ -624,9 +685,11 @@ typedef struct {
     real_pair label_entry;  /* of that class */
     rmask label_is_top;
     real d_top, d_label;
-    real sum, sum1, sum2;   /* of d phi, d phi', d phi'' */
+    row_sums sum;
     scalar z_loss;
 } row_target;
+
+XCE_FN real top_coefficient(real d_top, real index, rmask is_label) { return d_top + r_select(is_label, index, r_set(0)); }
 
 typedef struct {
     real value;
@@ -635,6 +698,35 @@ typedef struct {
     real grad_top, hess_top, grad_label, hess_label;
     real slope;             /* b of the gradient: grad_k = v_k - p_k slope where that is relative */
 } row_result;
+
+/* What the entries of a row are written with; inverse: 1 / sum of exp */
+typedef struct {
+    real factor, b, d, far;
+    real exp, hess1, hess2; /* grad_k = e_k exp, hess_k = p_k (p_k hess2 + hess1), to which coefficients add theirs */
+} row_factors;
+
+XCE_FN row_factors loss_factors(row_result r, real factor, real inverse)
+{
+    row_factors f = {factor, r.b, r.d, r.far, (r_set(0) - r.slope) * factor * inverse, (r_set(0) - r.b) * factor,
+                     (r.b + r.d) * factor};
+    return f;
+}
+
+/* Derivatives of an entry: of labels and z-loss; what a coefficient adds in a linear loss; and in others. value: p */
+XCE_FN jet entry_derivatives(row_factors f, real inverse, real e)
+{
+    real p = e * inverse;
+    jet at = {p, e * f.exp, p * r_fma(p, f.hess2, f.hess1)};
+    return at;
+}
+
+XCE_FN real linear_derivative(row_factors f, real grad, real d) { return r_fma(d, r_set(0) - f.factor, grad); }
+
+XCE_FN void relative_derivatives(row_factors f, jet *at, real slope, real d2)
+{
+    at->d1 = at->d1 + f.factor * slope;
+    at->d2 = at->d2 + f.factor * (d2 * ((r_set(1) - at->value) - at->value));
+}
 
 /* What z-loss adds to -b: where that would overflow, `far` times 1 / XCE_SHRINKING. */
 typedef struct {
@@ -662,6 +754,21 @@ XCE_FN void add_far(real far, real factor, real p, real not_p, real *grad, real 
     *hess = r_select(is_near, *hess, *hess + weighted(not_p, g) * r_set(1 / XCE_SHRINKING));
 }
 
+/* In a row that is far logits are equal or apart: exp is that of the top entry, or 0. The factors for that, within the type, so
+ * that times 0 they are 0 */
+XCE_FN real without_infinity(real a)
+{
+    const real most = r_set(sizeof(scalar) == 8 ? (scalar)0x1.fffffffffffffp1023 : (scalar)0x1.fffffep127);
+    return r_select(r_gt(a, most), most, r_select(r_gt(-most, a), -most, a));
+}
+
+XCE_FN void add_far_to_factors(row_factors *f, row_state s)
+{
+    real p = s.top * s.inverse, g = s.top * f->exp, h = p * r_fma(p, f->hess2, f->hess1);
+    add_far(f->far, f->factor, p, r_set(1) - p, &g, &h);
+    f->exp = without_infinity(g / s.top), f->hess1 = without_infinity(h / p), f->hess2 = r_set(0);
+}
+
 XCE_FN real times_square(real a, real b) /* a b^2, where b^2 alone would underflow, too */
 {
     real square = b * b;
@@ -675,11 +782,11 @@ XCE_PART row_result row_finish(row_state s, row_target t, int phi, scalar parame
     if (is_steep(phi, parameter))
         at_top = steep_top(s), at_label = steep_entry(at_label, t.label_entry, steep_sum(s));
     jet top = loss_phi(phi, at_top, parameter), label = loss_phi(phi, at_label, parameter);
-    real a_top = t.d_top + r_select(t.label_is_top, t.index, zero);
+    real a_top = top_coefficient(t.d_top, t.index, t.label_is_top);
     real index = r_select(t.label_is_top, zero, t.index); /* what is left for a label elsewhere */
 
     row_result r;
-    r.value = t.sum + weighted(a_top, top.value) + weighted(index, label.value);
+    r.value = t.sum.value + weighted(a_top, top.value) + weighted(index, label.value);
     slope_of_z z = z_slope(s, t.z_loss);
     r.far = z.far;
     if (t.z_loss != 0) {
@@ -690,9 +797,9 @@ XCE_PART row_result row_finish(row_state s, row_target t, int phi, scalar parame
     real sick = s.log_z + t.index; /* a row with NaN, or with a bad label, is NaN whatever weighs it */
     r.value = r_select(r_eq(sick, sick), r.value, sick);
     /* a_top phi' is kept out of b for the top entry itself: p - 1 would cancel there */
-    real b_others = t.sum1 + weighted(index, label.d1) - z.near;
+    real b_others = t.sum.d1 + weighted(index, label.d1) - z.near;
     r.b = b_others + weighted(a_top, top.d1);
-    real d_others = t.sum2 + weighted(index, label.d2) + r_set(t.z_loss + t.z_loss);
+    real d_others = t.sum.d2 + weighted(index, label.d2) + r_set(t.z_loss + t.z_loss);
     r.d = d_others + weighted(a_top, top.d2);
     r.grad_top = t.factor * (weighted(a_top, top.d1) * at_top.not_p - at_top.p * b_others);
     r.hess_top = t.factor * (times_square(weighted(a_top, top.d2), at_top.not_p)
@@ -708,8 +815,8 @@ XCE_PART row_result row_finish(row_state s, row_target t, int phi, scalar parame
     return r;
 }
 
-/* The gradient from slopes instead; sum: theirs */
-XCE_PART void relative_finish(row_result *r, row_state s, row_target t, row_slope slope, real sum, int phi, scalar parameter)
+/* The gradient from slopes instead */
+XCE_PART void relative_finish(row_result *r, row_state s, row_target t, row_slope slope, int phi, scalar parameter)
 {
     if (phi != PHI_poly_loss && phi != PHI_generalized_cross_entropy)
         return;
@@ -717,7 +824,7 @@ XCE_PART void relative_finish(row_result *r, row_state s, row_target t, row_slop
     real index = r_select(t.label_is_top, r_set(0), t.index), v;
     jet label = relative_phi(slope, at, t.label_entry, r_exp_pair_near(t.label_entry).exp, t.d_label + index, phi,
                              parameter, &v);
-    r->slope = (sum + weighted(index, label.d1)) - z_slope(s, t.z_loss).near;
+    r->slope = (t.sum.extra + weighted(index, label.d1)) - z_slope(s, t.z_loss).near;
     r->grad_top = t.factor * (slope.p * (r_set(0) - r->slope));
     r->grad_label = t.factor * (v - at.p * r->slope);
     if (t.z_loss != 0) {
@@ -778,11 +885,11 @@ XCE_PART row_match match_rows(row_state student, row_state teacher, real excess,
     return row;
 }
 
-/* What the sums over all classes but the top one are: of the values, p d1 and p d2. Outside a sparse teacher's classes the student
- * has `outside`, of which the top class is no part. */
-typedef struct {
-    real value, d1, d2, outside;
-} match_sums;
+XCE_FN row_sums match_terms(real p, jet f)
+{
+    row_sums terms = {f.value, weighted(p, f.d1), weighted(p, f.d2), r_set(0)};
+    return terms;
+}
 
 XCE_FN scalar value_outside(int divergence) /* of a class that a sparse teacher does not have, in units of p */
 {
@@ -793,9 +900,9 @@ XCE_FN scalar divergence_scale(int divergence) { return divergence == DIVERGENCE
 
 /* Gradient and Hessian diagonal of a class but the top one, from its divergence_term; b and d are the sums of p d1 and p d2, b
  * 0 or NaN where neither counts. */
-XCE_PART jet match_derivatives(int divergence, jet f, real p, real factor, real b, real d)
+XCE_PART jet match_derivatives(int divergence, jet f, real p, row_factors row)
 {
-    const real not_p = r_set(1) - p;
+    const real not_p = r_set(1) - p, factor = row.factor, b = row.b, d = row.d;
     if (divergence == DIVERGENCE_forward) {
         f.d1 = factor * (f.d1 + b);
         f.d2 = factor * (p * not_p + b);
@@ -810,28 +917,28 @@ XCE_PART jet match_derivatives(int divergence, jet f, real p, real factor, real 
     return f;
 }
 
-/* The same for classes that a sparse teacher does not have: grad = p out.value, hess = p (p out.d2 + out.d1) */
-XCE_FN jet match_outside(int divergence, row_match row, real factor, real b, real d)
+/* The same for classes that a sparse teacher does not have */
+XCE_FN row_factors match_factors(int divergence, row_match row, row_result r, real factor)
 {
-    jet out = {factor + b, factor + b, -factor};
+    real at_p = factor + r.b, curved = -factor; /* grad = p at_p */
     if (divergence != DIVERGENCE_forward) {
-        real e = row.top_softplus - b, scale = factor * r_set(divergence_scale(divergence));
-        out.value = out.d1 = scale * e;
-        out.d2 = scale * (d - (e + e));
+        real e = row.top_softplus - r.b, scale = factor * r_set(divergence_scale(divergence));
+        at_p = scale * e, curved = scale * (r.d - (e + e));
     }
-    return out;
+    row_factors f = {factor, r.b, r.d, r.far, at_p * row.inverse, at_p, curved};
+    return f;
 }
 
-XCE_PART row_result match_finish(row_state student, row_match row, match_sums sums, real_pair y, real weight, real factor,
-                                 real sick, int divergence)
+XCE_PART row_result match_finish(row_state student, row_match row, row_sums sums, real_pair y, real weight, real factor,
+                                 int divergence)
 {
     prob_pair at = match_top(row, y);
     log_prob top = row_top(student);
     jet f = divergence_term(divergence, at, row);
     row_result r;
-    r.value = (sums.value + r_set(value_outside(divergence)) * sums.outside) + f.value;
-    r.b = divergence == DIVERGENCE_forward ? r_set(0) : sums.d1 + weighted(sums.outside, row.top_softplus);
-    sick = student.log_z + sick; /* NaN rows are NaN whatever weighs them */
+    r.value = (sums.value + r_set(value_outside(divergence)) * sums.extra) + f.value;
+    r.b = divergence == DIVERGENCE_forward ? r_set(0) : sums.d1 + weighted(sums.extra, row.top_softplus);
+    real sick = student.log_z + (row.teacher_inverse - row.teacher_inverse); /* NaN rows are NaN whatever weighs them */
     r.b = r_select(r_eq(sick, sick), r.b, sick);
     if (divergence == DIVERGENCE_reverse)
         r.b = r_select(r_eq(r.value, r_set(XCE_INF)), r.value + (sick - sick), r.b);
@@ -983,11 +1090,6 @@ XCE_PART real_pair distance_by_softcap(logit_transform t, logit_origin o, real x
     return r_pair(r_select(infinite, x - o.max, d.high), r_select(infinite, zero, d.low));
 }
 
-XCE_FN real_pair transform_distance(logit_transform t, logit_origin o, real x) /* f(x) - f(max) */
-{
-    return t.softcap.high != 0 ? distance_by_softcap(t, o, x) : distance_by_temperature(t, o, x);
-}
-
 XCE_PART real transform_logit(logit_transform t, real x) /* f(x); infinities stay */
 {
     if (t.softcap.high == 0)
@@ -1032,6 +1134,13 @@ XCE_PART void transform_derivatives(logit_transform t, real x, real *g, real *h)
     if (h)
         *h = over_temperature(t, over_temperature(t, second));
     *g = over_temperature(t, first);
+}
+
+/* The same of the entries that `row_finish` or `match_finish` found, at the top class and the label's */
+XCE_PART void transform_result(logit_transform t, row_result *r, real raw_top, real raw_label)
+{
+    transform_derivatives(t, raw_top, &r->grad_top, &r->hess_top);
+    transform_derivatives(t, raw_label, &r->grad_label, &r->hess_label);
 }
 
 #endif

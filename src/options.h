@@ -6,6 +6,12 @@
  * loss's own, a softcap of 0 is none. */
 #define XCE_ROW_OPTIONS(OPTION) OPTION(parameter) OPTION(label_smoothing) OPTION(temperature) OPTION(softcap) OPTION(z_loss)
 
+/* What is computed; what is true of a row: it is IGNORED if it has the label to ignore, the weight 0 or no class: nothing is read
+ * of it. INVALID: a label out of range that nobody checked, or that changed since: the row becomes NaN. NLL: the logits are
+ * log-probabilities already. */
+enum { LOSS, SOFTMAX, LOG_SOFTMAX, LOGSUMEXP, STATS, STATE, NLL };
+enum { ACTIVE, IGNORED, INVALID };
+
 #define XCE_FIELD(name) double name;
 typedef struct { XCE_ROW_OPTIONS(XCE_FIELD) } row_options;
 #undef XCE_FIELD

@@ -134,6 +134,29 @@ def test_schedules_of_cuda_have_no_mathematics(name: str) -> None:
     assert re.findall(rf"(?<!\w)_*(?:fast_)?(?:{functions})f?\(|\b(?:ex2|lg2|tanh)\.approx", text) == []
 
 
+SOURCES = [f"cpu/{file.name}" for file in sorted((ROOT / "src/cpu").glob("*.p[xy]*"))] + [
+    f"cuda/{name}" for name in SCHEDULES
+]
+# phi and its derivatives: f.d1, at->d2, phi[0]; but job.phi is the number of a loss
+TERM = r"(?<![\w.>])(?!j(?:ob)?\.phi\b)(?:\w+(?:\[\w*\])*(?:\.|->))*(?:phi|d1|d2)\b(?:\[\w*\])*"
+FORMULAS = "r_fma|weighted|divided|scaled_difference|times_square"
+ARITHMETIC = rf"[-+*/]=? *[-(]*{TERM}|{TERM} *(?:[-+*/]=|[-+*/] *[\w(])|\b(?:{FORMULAS})\([^;\n]*{TERM}"
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_schedules_have_no_arithmetic_on_phi_and_its_derivatives(name: str) -> None:
+    """What they are multiplied by and added to stands in formulas.h, for both processors."""
+    comments = r"/\*.*?\*/|//[^\n]*" if name.startswith("cuda/") else r"#[^\n]*|\"{3}.*?\"{3}"
+    assert re.findall(ARITHMETIC, re.sub(comments, "", source_of(name), flags=re.DOTALL)) == []
+
+
+@pytest.mark.parametrize(
+    "line", ["g = factor * f.d1", "sum += phi[1];", "at->d2 += a", "r_fma(a, f.d2, b)", "v = f.d1 - b"]
+)
+def test_arithmetic_on_phi_and_its_derivatives_is_found(line: str) -> None:
+    assert re.search(ARITHMETIC, line)
+
+
 def test_one_file_knows_one_processor_from_another() -> None:
     for name in ("formulas.h", *(f"cuda/{name}" for name in SCHEDULES)):
         assert not re.findall(r"XCE_CUDA|__CUDACC__|__x86_64__|__aarch64__", source_of(name)), name

@@ -103,21 +103,16 @@ cdef real_pair exp_parts(real_pair z) noexcept nogil:
     return steep_exp(z).exp
 
 
-cdef inline log_prob log_probs(const View *v, real_pair z, real p) noexcept nogil:
-    cdef log_prob at
-    at.u, at.p, at.not_p, at.low = ((z.high - v.max) - v.log_z) + z.low, p, r_set(1) - p, r_set(0)
-    return at
-
-
 cdef inline real coefficients(const Job *job, const View *v, Py_ssize_t c, int n, bint wide, int level) noexcept nogil:
-    """The dense coefficients d = w ((1 - eps) q + eps / C), without eps / C for removed classes; 0 past the end."""
-    cdef real d = v.share
+    """The dense coefficients, without eps / C for removed classes; 0 past the end."""
+    cdef real d, share = v.share, q = r_set(0), weight = r_set(1)
     if level == FULL and v.at[WHERE] != NULL:  # smoothing spreads over the others
-        d = r_select(remaining(v, c, n), d, r_set(0))
+        share = r_select(remaining(v, c, n), share, q)
     if v.at[Q] != NULL:
-        d = r_fma(r_set(job.label_share), read(v, Q, c, n, 0, wide, level), d)
+        q = read(v, Q, c, n, 0, wide, level)
     if job.weight != NULL:
-        d = d * (load_scalars(job.weight + c, n) if wide else r_set(job.weight[c]))
+        weight = load_scalars(job.weight + c, n) if wide else r_set(job.weight[c])
+    d = dense_coefficient(share, job.label_share, q, weight)
     if wide and n < LANES:
         d = r_select(r_first_lanes(n), d, r_set(0))
     return d
@@ -143,12 +138,12 @@ cdef inline real without(real a, Py_ssize_t place, real places, Py_ssize_t c, bi
     return r_select(r_eq(places, r_set(<scalar>c)), r_set(0), a)
 
 
-cdef inline jet phi_of(
-    const Job *job, const View *v, int phi, real_pair z, real_pair e, real d, log_prob *at, real *slope
+cdef inline row_sums terms_of_phi(
+    const Job *job, const View *v, int phi, real_pair z, real_pair e, real d
 ) noexcept nogil:
-    """phi of entries with coefficients, where its slopes are measured against the top entry's."""
-    at[0] = log_probs(v, z, e.high * v.inverse)
-    return relative_phi(v.by.slope, at[0], z, e, d, phi, job.parameter, slope)
+    """Those of entries with coefficients, where slopes are measured against the top entry's."""
+    cdef log_prob at = log_prob_of(v.max, v.log_z, z, e.high * v.inverse)
+    return relative_terms(v.by.slope, at, z, e, d, phi, job.parameter)
 
 
 cdef inline void terms(
@@ -159,8 +154,7 @@ cdef inline void terms(
     cdef real x, e, d
     cdef real_pair z, parts
     cdef steep_term term
-    cdef log_prob at
-    cdef jet phi
+    cdef row_sums found
     if kind >= SUM_DIVERGENCE and keep == PAIRED:
         terms_of_match(job, v, kept_match(v, c, wide), c, wide, kind, keep, skip_top, out)
         return
@@ -171,12 +165,12 @@ cdef inline void terms(
     z = entries(job, v, x, level)
     if kind >= SUM_PHI:
         d, parts = coefficients(job, v, c, n, wide, level), r_exp_pair_near(z).exp
-        phi = phi_of(job, v, kind - SUM_PHI, z, parts, d, &at, &out[3])
+        found = terms_of_phi(job, v, kind - SUM_PHI, z, parts, d)
         if keep == PAIRED:
             keep_part(v, 0, c, wide, parts.high)
-            keep_part(v, 1, c, wide, out[3])
-            keep_part(v, 2, c, wide, weighted(d, phi.d2))
-        out[0], out[1], out[2] = weighted(d, phi.value), weighted(d, phi.d1), weighted(d, phi.d2)
+            keep_part(v, 1, c, wide, found.extra)
+            keep_part(v, 2, c, wide, found.d2)
+        out[0], out[1], out[2], out[3] = found.value, found.d1, found.d2, found.extra
     else:
         e = exp_of(job, v, z, level)  # the same where it is kept and where it is formed again
         if kind == SUM_PARTS:
@@ -188,9 +182,9 @@ cdef inline void terms(
         out[0] = e
         if kind == SUM_LINEAR:
             d = coefficients(job, v, c, n, wide, level)
-            out[1], out[2] = weighted(d, v.max - z.high), d
+            out[1], out[2] = below_top(d, v.max, z.high), d
         elif kind == SUM_STATS:
-            out[1] = weighted(e, v.max - z.high)
+            out[1] = below_top(e, v.max, z.high)
             out[2] = r_select(r_gt(x, v.label_logit), r_set(1), r_set(0))
         elif kind == SUM_PARTS:
             out[0], out[1], out[2] = term.high, term.middle, term.low
@@ -215,7 +209,7 @@ cdef inline void terms_of_pair(
         terms_of_match(job, v, match_entry(v.by.match, at), c, wide, kind, keep, skip_top, out)
         return
     out[0], out[2] = r_exp_relative_pair(at.y, v.ref), r_exp_relative_pair(at.x, v.ref)
-    out[1] = exp_difference(out[2], out[0], at.gap.high + at.gap.low)
+    out[1] = exp_difference(out[2], out[0], total_of(at.gap))
     if keep == PAIRED:
         keep_part(v, 0, c, wide, out[2])
         keep_part(v, 1, c, wide, out[0])
@@ -244,6 +238,7 @@ cdef inline void terms_of_match(
     const Job *job, const View *v, prob_pair at, Py_ssize_t c, bint wide, int kind, int keep, bint skip_top, real *out,
 ) noexcept nogil:
     cdef jet f = divergence_term(FIRST_DIVERGENCE + kind - SUM_DIVERGENCE, at, v.by.match)
+    cdef row_sums found = match_terms(at.p, f)
     if keep == PAIRED:
         keep_part(v, 0, c, wide, at.p)
         keep_part(v, 1, c, wide, f.d1)
@@ -251,7 +246,7 @@ cdef inline void terms_of_match(
     out[0] = without_top(v, f.value, c, wide) if skip_top else f.value
     if kind == SUM_DIVERGENCE:         # the forward one needs no other sum
         return
-    out[1], out[2] = weighted(at.p, f.d1), weighted(at.p, f.d2)
+    out[1], out[2] = found.d1, found.d2
     if skip_top:
         out[1], out[2] = without_top(v, out[1], c, wide), without_top(v, out[2], c, wide)
 
@@ -274,71 +269,66 @@ cdef inline void write(
     """The outputs of the entries, from what row_finish found for their rows."""
     cdef bint dense = level == DENSE or (level >= MIXED and job.dense)
     cdef bint paired = level >= MIXED and dense and job.teacher != NULL
-    cdef real e, d, p, g, h, slope
+    cdef bint relative = level >= MIXED and dense and job.relative
+    cdef real e, p, slope, d2
     cdef real_pair z, parts
-    cdef log_prob at
     cdef prob_pair match
-    cdef jet phi
-    z.high, z.low, slope, d = r_set(0), r_set(0), r_set(0), r_set(0)
+    cdef row_sums found
+    cdef jet at
+    z.high, z.low, slope, d2 = r_set(0), r_set(0), r_set(0), r_set(0)
     if job.what == LOG_SOFTMAX:
         z = entries(job, v, logits(job, v, c, n, wide, level), level)
-        g = ((z.high - v.max) - v.log_z) + z.low
+        e = log_prob_of(v.max, v.log_z, z, r_set(0)).u
         if level == FULL and v.at[WHERE] != NULL:  # also in a row of which nothing is left
-            g = r_select(remaining(v, c, n), g, r_set(-INF))
-        write_to(v, GRAD, c, g, n, wide, level)
+            e = r_select(remaining(v, c, n), e, r_set(-INF))
+        write_to(v, GRAD, c, e, n, wide, level)
         return
     if paired:
         if keep == PAIRED:
-            p, phi.d1, phi.d2 = kept_part(v, 0, c, wide), kept_part(v, 1, c, wide), kept_part(v, 2, c, wide)
+            p, at.d1, at.d2 = kept_part(v, 0, c, wide), kept_part(v, 1, c, wide), kept_part(v, 2, c, wide)
         else:
             match = match_entry(v.by.match, pair_at(
                 job, v, logits(job, v, c, n, wide, level), teacher_logits(job, v, c, n, wide, level)
             ))
-            phi, p = divergence_term(job.phi, match, v.by.match), match.p
-        phi = match_derivatives(job.phi, phi, p, v.factor, v.b, v.d)
-        g, h = phi.d1, phi.d2
+            at, p = divergence_term(job.phi, match, v.by.match), match.p
+        at = match_derivatives(job.phi, at, p, v.out)
     else:
         if keep == IN_GRAD:
             e = fetch(v.at[GRAD] + place_of(v, GRAD, c, wide, level), v.lane[GRAD], n, 0, True)
         elif keep == STAGED:
             e = v.kept_exp[c // LANES if wide else c]
         elif keep == PAIRED:
-            e, slope, d = kept_part(v, 0, c, wide), kept_part(v, 1, c, wide), kept_part(v, 2, c, wide)
+            e, slope, d2 = kept_part(v, 0, c, wide), kept_part(v, 1, c, wide), kept_part(v, 2, c, wide)
         else:
             z = entries(job, v, logits(job, v, c, n, wide, level), level)
-            if dense and level >= MIXED and job.relative:
-                d, parts = coefficients(job, v, c, n, wide, level), r_exp_pair_near(z).exp
-                phi, e = phi_of(job, v, job.phi, z, parts, d, &at, &slope), parts.high
-                d = weighted(d, phi.d2)
+            if relative:
+                parts = r_exp_pair_near(z).exp
+                found = terms_of_phi(job, v, job.phi, z, parts, coefficients(job, v, c, n, wide, level))
+                e, slope, d2 = parts.high, found.extra, found.d2
             else:
                 e = exp_of(job, v, z, level)
-        g = e * v.out_exp
-        p = e * v.inverse
-        h = p * r_fma(p, v.out_hess2, v.out_hess1)
-        if dense and level >= MIXED and job.relative:
-            g = g + v.factor * slope
-            h = h + v.factor * (d * ((r_set(1) - p) - p))
+        at = entry_derivatives(v.out, v.inverse, e)
+        p = at.value
+        if relative:
+            relative_derivatives(v.out, &at, slope, d2)
         elif dense:
-            d = coefficients(job, v, c, n, wide, level)
-            g = r_fma(d, r_set(0) - v.factor, g)
+            at.d1 = linear_derivative(v.out, at.d1, coefficients(job, v, c, n, wide, level))
     if level == FULL and job.z_loss != 0 and job.what == LOSS:
-        add_far(v.far, v.factor, p, r_set(1) - p, &g, &h)
-    if level == MIXED and job.transforms and job.what == LOSS:
-        transform_derivatives(job.transform, r_set(0), &g, &h if job.want_hess else NULL)
-    if level == FULL:
-        if job.transforms and job.what == LOSS:
-            transform_derivatives(
-                job.transform, read(v, X, c, n, 0, wide, FULL), &g, &h if job.want_hess else NULL
-            )
-        if v.at[WHERE] != NULL:
-            g = r_select(remaining(v, c, n), g, r_set(0))
-            h = r_select(remaining(v, c, n), h, r_set(0))
+        add_far(v.out.far, v.out.factor, p, r_set(1) - p, &at.d1, &at.d2)
+    if level >= MIXED and job.transforms and job.what == LOSS:
+        transform_derivatives(
+            job.transform, read(v, X, c, n, 0, wide, FULL) if level == FULL else r_set(0), &at.d1,
+            &at.d2 if job.want_hess else NULL,
+        )
+    if level == FULL and v.at[WHERE] != NULL:
+        at.d1 = r_select(remaining(v, c, n), at.d1, r_set(0))
+        at.d2 = r_select(remaining(v, c, n), at.d2, r_set(0))
     if not wide:
-        g = r_select(v.active, g, r_set(0))
-        h = r_select(v.active, h, r_set(0))
+        at.d1 = r_select(v.active, at.d1, r_set(0))
+        at.d2 = r_select(v.active, at.d2, r_set(0))
     if job.want_hess:
-        write_to(v, HESS, c, h, n, wide, level)
+        write_to(v, HESS, c, at.d2, n, wide, level)
     if not wide and v.turned_grad != NULL:
-        v.turned_grad[c] = g
+        v.turned_grad[c] = at.d1
     elif job.want_grad:
-        write_to(v, GRAD, c, g, n, wide, level)
+        write_to(v, GRAD, c, at.d1, n, wide, level)

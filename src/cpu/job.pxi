@@ -5,20 +5,6 @@ cdef enum:
     BLOCK = 8              # vectors that are added up before they enter the double-precision sum
     TERMS = 4              # sums that one reading of a row can form, sum of exp included
 
-    # What is computed
-    LOSS = 0
-    SOFTMAX = 1
-    LOG_SOFTMAX = 2
-    LOGSUMEXP = 3
-    STATS = 4
-    STATE = 5
-    NLL = 6                # the logits are log-probabilities already
-
-    # What is true of a row
-    ACTIVE = 0
-    IGNORED = 1            # it has the label to ignore, the weight 0 or no class: nothing is read of it
-    INVALID = 2            # a label out of range that nobody checked, or that changed since: the row becomes NaN
-
     # What a reading adds up
     SUM_EXP = 0
     SUM_LINEAR = 1         # exp; d (max - x); d
@@ -69,6 +55,8 @@ cdef extern from *:
     enum { OPTIONS = sizeof(row_options) / sizeof(double) };
     """
     enum:
+        LOSS, SOFTMAX, LOG_SOFTMAX, LOGSUMEXP, STATS, STATE, NLL
+        ACTIVE, IGNORED, INVALID
         X "OPERAND_x"
         Q "OPERAND_q"
         WHERE "OPERAND_where"
@@ -108,7 +96,6 @@ cdef struct Job:
     int kind[OPERANDS]                 # of their numbers, see elements.h; 0: the storage type, or of VALUE the scalar
     xce_watch *watch
     const scalar *weight
-    scalar label_smoothing
     scalar share, label_share          # eps / C, unless `where` makes C a matter of the row, and 1 - eps
     scalar z_loss
     scalar scale                       # of derivatives: 1 / denominator of the mean
@@ -173,5 +160,6 @@ cdef struct View:
     real max, share, label_logit
     Distances *by
     exp_reference ref
-    real log_z, inverse, b, d, far, factor, out_exp, out_hess1, out_hess2
+    real log_z, inverse
+    row_factors out
     rmask active

@@ -71,10 +71,11 @@ cdef extern from "formulas.h" nogil:
     ctypedef struct prob_pair:
         real p, t, d, above_top, d_low
     ctypedef struct row_match:
-        real inverse, teacher_inverse, apart, top_share, top_softplus
-        real_pair gap
-    ctypedef struct match_sums:
-        real value, d1, d2, outside
+        pass
+    ctypedef struct row_factors:
+        real factor, b, d, far, exp, hess1, hess2
+    ctypedef struct row_sums:
+        real value, d1, d2, extra
     ctypedef struct jet:
         real value, d1, d2
     ctypedef struct scalar_pair:
@@ -85,12 +86,12 @@ cdef extern from "formulas.h" nogil:
         real max
     ctypedef struct row_state:
         exp_reference ref
-        real max, greatest, shrunk, top, rest, rest_low, inverse, log_z
+        real max, greatest, rest_low, inverse, log_z
     ctypedef struct row_slope:
-        real a_top, p, not_d1
-        real_pair top, share
+        pass
     ctypedef struct row_target:
-        real factor, weight, index, d_top, d_label, sum, sum1, sum2
+        real factor, weight, index, d_top, d_label
+        row_sums sum
         scalar z_loss
         real_pair label_entry
         rmask label_is_top
@@ -99,7 +100,6 @@ cdef extern from "formulas.h" nogil:
 
     real r_set(scalar a)
     real r_iota()
-    real r_fma(real a, real b, real c)
     real r_abs(real a)
     real r_max(real a, real b)
     rmask r_gt(real a, real b)
@@ -114,8 +114,6 @@ cdef extern from "formulas.h" nogil:
     scalar r_sum_of_lanes(real a)
     real r_load_scalars(const scalar *p)
     void r_store_scalars(scalar *p, real a)
-    scalar s_load(const storage *p)
-    void s_store(storage *p, scalar a)
     void prefetch(const char *p)
     void prefetch_far(const char *p)
     void prefetch_to_write(const char *p)
@@ -145,27 +143,39 @@ cdef extern from "formulas.h" nogil:
     row_state row_close(real max, real rest)
     real row_lse(row_state s)
     row_state row_close_transformed(logit_transform t, real max, real rest)
+    scalar label_share(double smoothing)
+    scalar smoothing_share(double smoothing, int64_t n_classes)
+    scalar share_of_left(double smoothing, scalar n_left)
+    real dense_coefficient(real share, scalar kept, real q, real weight)
+    scalar label_coefficient(int status, int64_t label, scalar kept, const scalar *weight)
+    real top_coefficient(real d_top, real index, rmask is_label)
+    scalar nll_value(int status, scalar a, scalar log_prob)
+    scalar filled_entry(int status, scalar factor)
+    log_prob log_prob_of(real max, real log_z, real_pair x, real p)
+    real below_top(real a, real max, real x)
+    real row_entropy(row_state s, real sum)
+    real row_spread(row_state s)
     row_slope slope_of_top(row_state s, real a_top, int phi, scalar parameter)
-    void relative_finish(
-        row_result *r, row_state s, row_target t, row_slope slope, real sum, int phi, scalar parameter
-    )
-    jet relative_phi(
-        row_slope top, log_prob at, real_pair x, real_pair e, real a, int phi, scalar parameter, real *slope
-    )
+    void relative_finish(row_result *r, row_state s, row_target t, row_slope slope, int phi, scalar parameter)
+    row_sums relative_terms(row_slope top, log_prob at, real_pair x, real_pair e, real a, int phi, scalar parameter)
+    row_sums linear_sums(row_state s, real distances, real weights)
+    row_factors loss_factors(row_result r, real factor, real inverse)
+    row_factors match_factors(int divergence, row_match row, row_result r, real factor)
+    jet entry_derivatives(row_factors f, real inverse, real e)
+    real linear_derivative(row_factors f, real grad, real d)
+    void relative_derivatives(row_factors f, jet *at, real slope, real d2)
     row_result row_finish(row_state s, row_target t, int phi, scalar parameter)
-    jet loss_phi(int phi, log_prob at, scalar parameter)
+    real total_of(real_pair a)
     real exp_difference(real a, real b, real d)
     prob_pair match_gap(row_match row, real x_exp, real y_exp, real_pair gap)
     prob_pair match_entry(row_match row, distance_pair at)
     row_match match_rows(row_state student, row_state teacher, real excess, real_pair y)
     jet divergence_term(int divergence, prob_pair at, row_match row)
-    jet match_derivatives(int divergence, jet f, real p, real factor, real b, real d)
-    jet match_outside(int divergence, row_match row, real factor, real b, real d)
+    row_sums match_terms(real p, jet f)
+    jet match_derivatives(int divergence, jet f, real p, row_factors row)
     row_result match_finish(
-        row_state student, row_match row, match_sums sums, real_pair y, real weight, real factor, real sick,
-        int divergence
+        row_state student, row_match row, row_sums sums, real_pair y, real weight, real factor, int divergence
     )
-    real weighted(real a, real phi)
     void add_far(real far, real factor, real p, real not_p, real *grad, real *hess)
     logit_transform transform_of(double softcap, double temperature)
     logit_origin transform_origin(logit_transform t, real max)
@@ -174,6 +184,7 @@ cdef extern from "formulas.h" nogil:
     real_pair distance_by_softcap(logit_transform t, logit_origin o, real x)
     real transform_logit(logit_transform t, real x)
     void transform_derivatives(logit_transform t, real x, real *g, real *h)
+    void transform_result(logit_transform t, row_result *r, real raw_top, real raw_label)
 
 cdef extern from "cpu/numbers.h" nogil:
     double read_number(const char *p, int kind)
@@ -696,9 +707,8 @@ cdef double compute(Order *order, Py_ssize_t teacher_classes, int n_threads) exc
             job.n_used += 1
     is_foreign = job.kind[X] != 0 or job.kind[Q] != 0 or job.kind[GRAD] != 0 or job.kind[HESS] != 0
     job.parameter, job.z_loss = <scalar>given.parameter, <scalar>given.z_loss
-    job.label_smoothing = <scalar>given.label_smoothing
-    job.label_share = <scalar>(1 - given.label_smoothing)
-    job.share = <scalar>(given.label_smoothing / job.n_classes) if what != STATE else 1
+    job.label_share = label_share(given.label_smoothing)
+    job.share = smoothing_share(given.label_smoothing, job.n_classes) if what != STATE else 1
     job.transform = transform_of(given.softcap, given.temperature)
     job.transforms = given.softcap != 0 or given.temperature != 1
     job.linear = phi == PHI_CROSS_ENTROPY

@@ -162,9 +162,6 @@ cdef void sum_wide_phi2(const Job *job, const View *v, real *sums) noexcept nogi
 cdef void sum_wide_phi3(const Job *job, const View *v, real *sums) noexcept nogil:
     reduce(job, v, True, MIXED, SUM_PHI + 3, PAIRED, sums)
 
-cdef void sum_wide_any_phi(const Job *job, const View *v, int kind, int keep, real *sums) noexcept nogil:
-    reduce(job, v, True, MIXED, kind, keep, sums)
-
 cdef void sum_wide_phi(const Job *job, const View *v, int kind, int keep, real *sums) noexcept nogil:
     if keep == PAIRED and kind == SUM_PHI + 1:
         sum_wide_phi1(job, v, sums)
@@ -173,7 +170,7 @@ cdef void sum_wide_phi(const Job *job, const View *v, int kind, int keep, real *
     elif keep == PAIRED and kind == SUM_PHI + 3:
         sum_wide_phi3(job, v, sums)
     else:
-        sum_wide_any_phi(job, v, kind, keep, sums)
+        sum_wide_mixed(job, v, kind, keep, sums)
 
 cdef void sum_wide_teacher(const Job *job, const View *v, real *sums) noexcept nogil:
     reduce(job, v, True, MIXED, SUM_TEACHER, FORGET, sums)
@@ -225,9 +222,6 @@ cdef void sum_many_phi2(const Job *job, const View *v, real *sums) noexcept nogi
 cdef void sum_many_phi3(const Job *job, const View *v, real *sums) noexcept nogil:
     reduce(job, v, False, MIXED, SUM_PHI + 3, PAIRED, sums)
 
-cdef void sum_many_any_phi(const Job *job, const View *v, int kind, int keep, real *sums) noexcept nogil:
-    reduce(job, v, False, MIXED, kind, keep, sums)
-
 cdef void sum_many_phi(const Job *job, const View *v, int kind, int keep, real *sums) noexcept nogil:
     if keep == PAIRED and kind == SUM_PHI + 1:
         sum_many_phi1(job, v, sums)
@@ -236,7 +230,7 @@ cdef void sum_many_phi(const Job *job, const View *v, int kind, int keep, real *
     elif keep == PAIRED and kind == SUM_PHI + 3:
         sum_many_phi3(job, v, sums)
     else:
-        sum_many_any_phi(job, v, kind, keep, sums)
+        sum_many_mixed(job, v, kind, keep, sums)
 
 cdef void sum_many_teacher(const Job *job, const View *v, real *sums) noexcept nogil:
     reduce(job, v, False, MIXED, SUM_TEACHER, PAIRED, sums)
@@ -459,7 +453,7 @@ cdef void write_full(const Job *job, const View *v, int n, int keep) noexcept no
 
 
 cdef void write_rows(const Job *job, const View *v, int n, int keep) noexcept nogil:
-    if job.z_loss != 0 and r_lanes_of(r_not(r_eq(v.far, r_set(0)))):
+    if job.z_loss != 0 and r_lanes_of(r_not(r_eq(v.out.far, r_set(0)))):
         write_full(job, v, n, keep)
     elif job.level == MIXED and keep == PAIRED:
         if job.wide:
@@ -488,12 +482,10 @@ cdef inline bint is_removed(const Job *job, const Tile *tile, int i, Py_ssize_t 
 
 cdef inline scalar dense_of(const Job *job, const Tile *tile, int i, Py_ssize_t c) noexcept nogil:
     """The dense coefficient of one entry, as `coefficients` has it."""
-    cdef real d = r_set(0 if is_removed(job, tile, i, c) else tile.share[i])
-    if job.at[Q].data != NULL:
-        d = r_fma(r_set(job.label_share), r_set(read_scalar(entry_of(job, tile, Q, i, c), job.kind[Q])), d)
-    if job.weight != NULL:
-        d = d * r_set(job.weight[c])
-    return first_lane(d)
+    cdef scalar q = 0 if job.at[Q].data == NULL else read_scalar(entry_of(job, tile, Q, i, c), job.kind[Q])
+    cdef scalar weight = 1 if job.weight == NULL else job.weight[c]
+    cdef real share = r_set(0 if is_removed(job, tile, i, c) else tile.share[i])
+    return first_lane(dense_coefficient(share, job.label_share, r_set(q), r_set(weight)))
 
 
 cdef inline scalar first_lane(real a) noexcept nogil:
@@ -576,12 +568,12 @@ cdef inline void open_tile(const Job *job, Tile *tile, Py_ssize_t row, int n) no
         for i in range(n):
             index = classes_left(
                 job.watch, tile.at[WHERE] + i * job.at[WHERE].rows, job.n_classes, job.at[WHERE].classes,
-                job.label_smoothing != 0,
+                job.options.label_smoothing != 0,
             )
             if index == 0:
                 tile.status[i] = IGNORED
-            elif job.label_smoothing != 0:
-                tile.share[i] = job.label_smoothing / <scalar>index
+            elif job.options.label_smoothing != 0:
+                tile.share[i] = share_of_left(job.options.label_smoothing, <scalar>index)
     if tile.at[LABEL] != NULL:
         for i in range(n):
             if tile.status[i] == IGNORED:
@@ -592,10 +584,7 @@ cdef inline void open_tile(const Job *job, Tile *tile, Py_ssize_t row, int n) no
             tile.label[i] = label.value
             # the statistics of a row want no label
             tile.status[i] = label.status if job.what == LOSS or job.what == NLL else ACTIVE
-            if label.status == ACTIVE:
-                tile.index[i] = job.label_share if job.weight == NULL else job.label_share * job.weight[label.value]
-            elif label.status == INVALID:
-                tile.index[i] = NAN
+            tile.index[i] = label_coefficient(label.status, label.value, job.label_share, job.weight)
 
 
 cdef inline Py_ssize_t classes_left(
@@ -644,18 +633,24 @@ cdef inline rmask label_is_top(const Tile *tile) noexcept nogil:
 
 cdef void set_slopes(const Job *job, Tile *tile) noexcept nogil:
     """What the slopes of the entries are measured from."""
-    cdef scalar a_top[LANES]
+    cdef scalar d_top[LANES]
+    cdef real a_top
     cdef int i
     for i in range(LANES):
-        a_top[i] = dense_of(job, tile, i, tile.top[i]) if i < tile.n and tile.status[i] != IGNORED else 0
-    tile.slope = slope_of_top(
-        tile.state, r_load_scalars(a_top) + r_select(label_is_top(tile), r_load_scalars(tile.index), r_set(0)), job.phi,
-        job.parameter,
-    )
+        d_top[i] = dense_of(job, tile, i, tile.top[i]) if i < tile.n and tile.status[i] != IGNORED else 0
+    a_top = top_coefficient(r_load_scalars(d_top), r_load_scalars(tile.index), label_is_top(tile))
+    tile.slope = slope_of_top(tile.state, a_top, job.phi, job.parameter)
+
+
+cdef inline row_sums second_sums(const Tile *tile) noexcept nogil:
+    cdef row_sums sums
+    sums.value, sums.d1 = r_load_scalars(tile.phi_sums[0]), r_load_scalars(tile.phi_sums[1])
+    sums.d2, sums.extra = r_load_scalars(tile.phi_sums[2]), r_load_scalars(tile.phi_sums[3])
+    return sums
 
 
 cdef void finish_slopes(const Job *job, const Tile *tile, const row_target *t, row_result *r) noexcept nogil:
-    relative_finish(r, tile.state, t[0], tile.slope, r_load_scalars(tile.phi_sums[3]), job.phi, job.parameter)
+    relative_finish(r, tile.state, t[0], tile.slope, job.phi, job.parameter)
 
 
 cdef inline void finish(const Job *job, Tile *tile) noexcept nogil:
@@ -667,7 +662,7 @@ cdef inline void finish(const Job *job, Tile *tile) noexcept nogil:
     cdef scalar raw_label[LANES]
     cdef scalar raw_top[LANES]
     cdef logit_origin origin
-    cdef real zero = r_set(0)
+    cdef real zero = r_set(0), distances_sum = zero, weights = zero
     cdef int i
     t.d_top, t.d_label = zero, zero
     if job.dense or job.transforms:
@@ -693,17 +688,12 @@ cdef inline void finish(const Job *job, Tile *tile) noexcept nogil:
     t.weight = r_load_scalars(tile.sample)
     t.factor = t.weight * r_set(job.scale)
     t.z_loss = job.z_loss
-    t.sum, t.sum1, t.sum2 = zero, zero, zero
-    if job.dense and job.linear:
-        t.sum = r_load_scalars(tile.sums[1]) + weighted(r_load_scalars(tile.sums[2]), tile.state.log_z)
-        t.sum1 = zero - r_load_scalars(tile.sums[2])
-    elif job.dense:
-        t.sum, t.sum1 = r_load_scalars(tile.phi_sums[0]), r_load_scalars(tile.phi_sums[1])
-        t.sum2 = r_load_scalars(tile.phi_sums[2])
+    if job.dense:
+        distances_sum, weights = r_load_scalars(tile.sums[1]), r_load_scalars(tile.sums[2])
+    t.sum = second_sums(tile) if job.relative else linear_sums(tile.state, distances_sum, weights)
     r = row_finish(tile.state, t, job.phi, job.parameter)
     if job.relative:
         finish_slopes(job, tile, &t, &r)
     if job.transforms:
-        transform_derivatives(job.transform, r_load_scalars(raw_top), &r.grad_top, &r.hess_top)
-        transform_derivatives(job.transform, r_load_scalars(raw_label), &r.grad_label, &r.hess_label)
+        transform_result(job.transform, &r, r_load_scalars(raw_top), r_load_scalars(raw_label))
     tile.result = r

@@ -76,7 +76,6 @@ cdef void match_teacher(const Job *job, Tile *tile, View *many, real *stage) noe
     cdef Distances by
     cdef View *v = many
     cdef real sums[TERMS]
-    cdef scalar log_z[LANES]
     cdef scalar excess[LANES]
     cdef row_state teacher
     cdef int i, k
@@ -117,10 +116,6 @@ cdef void match_teacher(const Job *job, Tile *tile, View *many, real *stage) noe
         if job.sparse_teacher and i < tile.n:
             excess[i] += tile.sums[1][i] + (tile.top_place[i] < 0)
     tile.match = match_rows(tile.state, teacher, r_load_scalars(excess), teacher_at_top(job, tile))
-    r_store_scalars(log_z, teacher.log_z)
-    for i in range(tile.n):
-        if log_z[i] != log_z[i]:
-            tile.index[i] = NAN        # makes the row NaN
 
 
 cdef inline real places_in_lanes(const Py_ssize_t *places, int n) noexcept nogil:
@@ -147,32 +142,20 @@ cdef inline real_pair teacher_at_top(const Job *job, const Tile *tile) noexcept 
     return distances(job, &origin, r_load_scalars(logit))
 
 
-cdef inline void pick_match(row_match *row, int i) noexcept nogil:
-    """Row i's in every lane."""
-    row.inverse, row.teacher_inverse, row.apart = lane(row.inverse, i), lane(row.teacher_inverse, i), lane(row.apart, i)
-    row.gap.high, row.gap.low = lane(row.gap.high, i), lane(row.gap.low, i)
-    row.top_share, row.top_softplus = lane(row.top_share, i), lane(row.top_softplus, i)
-
-
 cdef void finish_divergence(const Job *job, Tile *tile) noexcept nogil:
     """Step 2."""
-    cdef match_sums sums
-    cdef real weight = r_load_scalars(tile.sample), raw_top
+    cdef row_sums sums = second_sums(tile)
+    cdef real weight = r_load_scalars(tile.sample)
     cdef scalar raw[LANES]
     cdef int i
-    sums.value, sums.d1 = r_load_scalars(tile.phi_sums[0]), r_load_scalars(tile.phi_sums[1])
-    sums.d2, sums.outside = r_load_scalars(tile.phi_sums[2]), r_set(0)
-    if job.sparse_teacher:
-        sums.outside = r_load_scalars(tile.sums[1]) * tile.state.inverse
+    sums.extra = r_load_scalars(tile.sums[1]) * tile.state.inverse if job.sparse_teacher else r_set(0)
     tile.result = match_finish(
-        tile.state, tile.match, sums, teacher_at_top(job, tile), weight, weight * r_set(job.scale),
-        r_load_scalars(tile.index), job.phi,
+        tile.state, tile.match, sums, teacher_at_top(job, tile), weight, weight * r_set(job.scale), job.phi
     )
     if job.transforms:
         for i in range(LANES):
             raw[i] = raw_logit_of(job, tile, i, tile.top[i]) if i < tile.n and tile.status[i] != IGNORED else 0
-        raw_top = r_load_scalars(raw)
-        transform_derivatives(job.transform, raw_top, &tile.result.grad_top, &tile.result.hess_top)
+        transform_result(job.transform, &tile.result, r_load_scalars(raw), r_set(0))
 
 
 # ---- a sparse teacher ------------------------------------------------------------------------------------------------
@@ -224,7 +207,7 @@ cdef void pick(const Job *job, Tile *tile, int i, real *stage) noexcept nogil:
             return
         label = index_at(job, tile, i, j)
         if label.value < 0:            # a class out of range that nobody checked
-            tile.index[i] = NAN
+            tile.teacher_max[i] = NAN  # stays so, and makes the row NaN
             continue
         if label.value == tile.top[i]:
             tile.top_place[i] = j
@@ -257,9 +240,7 @@ cdef void write_sparse(const Job *job, const Tile *tile, const View *v, int row)
         n = <int>min(<Py_ssize_t>LANES, n_places - c) if job.wide else tile.n
         k = c // LANES if job.wide else c
         match = match_entry(v.by.match, pair_at(job, v, v.picked[k], v.kept_teacher[k]))
-        f = match_derivatives(
-            job.phi, divergence_term(job.phi, match, v.by.match), match.p, v.factor, v.b, v.d
-        )
+        f = match_derivatives(job.phi, divergence_term(job.phi, match, v.by.match), match.p, v.out)
         if job.transforms:
             transform_derivatives(job.transform, r_set(0), &f.d1, &f.d2)
         r_store_scalars(grad, f.d1)

@@ -2,44 +2,40 @@
 
 cdef inline void set_outputs(const Job *job, const Tile *tile, View *v) noexcept nogil:
     """What step 3 needs of the rows, each in its lane."""
-    cdef real sample = r_load_scalars(tile.sample)
-    cdef jet outside
-    v.factor = sample * r_set(job.scale)
+    cdef real factor = r_load_scalars(tile.sample) * r_set(job.scale)
     v.inverse, v.log_z, v.max = tile.state.inverse, tile.state.log_z, tile.state.max
-    v.b, v.d, v.far = tile.result.b, tile.result.d, tile.result.far
-    if job.what == LOSS:
-        v.out_exp = (r_set(0) - tile.result.slope) * v.factor * v.inverse
+    if job.what != LOSS:
+        v.out.exp = v.inverse
+    elif job.sparse_teacher:
+        v.out = match_factors(job.phi, tile.match, tile.result, factor)
     else:
-        v.out_exp = v.inverse
-    v.out_hess1 = (r_set(0) - v.b) * v.factor
-    v.out_hess2 = (v.b + v.d) * v.factor
+        v.out = loss_factors(tile.result, factor, v.inverse)
     v.share = r_load_scalars(tile.share)
     v.ref = r_exp_reference(v.max)
     if job.teacher != NULL:
         v.by.match = tile.match
     if job.relative:
         v.by.slope = tile.slope
-    if job.sparse_teacher:
-        outside = match_outside(job.phi, tile.match, v.factor, v.b, v.d)
-        v.out_exp, v.out_hess1, v.out_hess2 = outside.value * v.inverse, outside.d1, outside.d2
 
 
 cdef inline void pick_row(const Job *job, const Tile *tile, View *v, int i) noexcept nogil:
     """Row i's in every lane."""
-    v.factor, v.inverse, v.log_z, v.max = lane(v.factor, i), lane(v.inverse, i), lane(v.log_z, i), lane(v.max, i)
-    v.out_exp, v.out_hess1, v.out_hess2 = lane(v.out_exp, i), lane(v.out_hess1, i), lane(v.out_hess2, i)
-    v.share = lane(v.share, i)
-    v.b, v.d, v.far = lane(v.b, i), lane(v.d, i), lane(v.far, i)
+    v.inverse, v.log_z, v.max, v.share = lane(v.inverse, i), lane(v.log_z, i), lane(v.max, i), lane(v.share, i)
+    fill_lanes(<real *>&v.out, sizeof(row_factors), i)
     v.ref = r_exp_reference(v.max)
     if job.by_distance:
         v.by.origin = transform_origin(job.transform, r_set(tile.max[i]))
     if job.teacher != NULL:
-        pick_match(&v.by.match, i)
+        fill_lanes(<real *>&v.by.match, sizeof(row_match), i)
     if job.relative:
-        v.by.slope.a_top, v.by.slope.p = lane(v.by.slope.a_top, i), lane(v.by.slope.p, i)
-        v.by.slope.not_d1 = lane(v.by.slope.not_d1, i)
-        v.by.slope.top.high, v.by.slope.top.low = lane(v.by.slope.top.high, i), lane(v.by.slope.top.low, i)
-        v.by.slope.share.high, v.by.slope.share.low = lane(v.by.slope.share.high, i), lane(v.by.slope.share.low, i)
+        fill_lanes(<real *>&v.by.slope, sizeof(row_slope), i)
+
+
+cdef inline void fill_lanes(real *a, size_t size, int i) noexcept nogil:
+    """Lane i of every number of a structure in all its lanes."""
+    cdef size_t k
+    for k in range(size // sizeof(real)):
+        a[k] = lane(a[k], i)
 
 
 cdef inline real lane(real a, int i) noexcept nogil:
@@ -101,22 +97,17 @@ cdef inline void clear_row(const Job *job, const Tile *tile, int i, scalar a) no
 cdef void nll_tile(const Job *job, Tile *tile) noexcept nogil:
     """Rows of log-probabilities, of which only the labelled ones are read."""
     cdef scalar values[LANES]
-    cdef scalar a, elsewhere
+    cdef scalar a, logit, elsewhere
     cdef int i
     for i in range(LANES):
         values[i] = 0
     for i in range(tile.n):
-        a = 0
+        a, logit = tile.index[i] * tile.sample[i], 0
         if tile.label[i] >= 0:
-            a = tile.index[i] * tile.sample[i]
-            if a != 0:
-                values[i] = -a * raw_logit_of(job, tile, i, tile.label[i])
-        elif tile.status[i] == INVALID:
-            values[i] = NAN
+            logit = raw_logit_of(job, tile, i, tile.label[i])
+        values[i] = nll_value(tile.status[i], a, logit)
         if job.writes:
-            elsewhere = 0
-            if tile.status[i] == INVALID or (tile.status[i] == ACTIVE and job.scale != job.scale):
-                elsewhere = NAN
+            elsewhere = filled_entry(tile.status[i], job.scale)
             clear_row(job, tile, i, elsewhere)
             if tile.label[i] >= 0:
                 set_entry(job, tile, i, tile.label[i], -(a * job.scale), elsewhere)
@@ -177,11 +168,11 @@ cdef void wide_tile(const Job *job, Tile *tile, real *stage) noexcept nogil:
             if job.teacher != NULL:
                 view_pair(job, tile, &v, stage, i)
                 v.top = tile.top_place[i] if job.sparse_teacher else tile.top[i]
-                sum_pair(job, &v, SUM_DIVERGENCE + job.phi - FIRST_DIVERGENCE, sums)
+                sum_pair(job, &v, second_reading(job), sums)
             else:
                 v.top = tile.top[i]
                 view_kept(job, &v, stage, i)
-                sum_rows(job, &v, SUM_PHI + job.phi, keep, sums)
+                sum_rows(job, &v, second_reading(job), keep, sums)
             for k in range(TERMS):
                 tile.phi_sums[k][i] = first_lane(sums[k])
     finish_loss(job, tile)
@@ -312,10 +303,10 @@ cdef void many_tile(const Job *job, Tile *tile, real *stage) noexcept nogil:
     if job.teacher != NULL or (job.dense and not job.linear):
         set_outputs(job, tile, &v)
         if job.teacher != NULL:
-            sum_pair(job, &v, SUM_DIVERGENCE + job.phi - FIRST_DIVERGENCE, sums)
+            sum_pair(job, &v, second_reading(job), sums)
         else:
             view_kept(job, &v, stage, 0)
-            sum_rows(job, &v, SUM_PHI + job.phi, keep, sums)
+            sum_rows(job, &v, second_reading(job), keep, sums)
         for i in range(TERMS):
             r_store_scalars(tile.phi_sums[i], sums[i])
     finish_loss(job, tile)
@@ -346,6 +337,10 @@ cdef inline int first_reading(const Job *job) noexcept nogil:
     if job.steep:
         return SUM_PARTS
     return SUM_LINEAR if job.what == STATE or (job.dense and job.linear) else SUM_EXP
+
+
+cdef inline int second_reading(const Job *job) noexcept nogil:
+    return SUM_PHI + job.phi if job.phi < FIRST_DIVERGENCE else SUM_DIVERGENCE + job.phi - FIRST_DIVERGENCE
 
 
 cdef inline void put_rows(const Job *job, const Tile *tile, int k, real a, bint zero_if_ignored) noexcept nogil:
@@ -396,11 +391,11 @@ cdef inline void put_stats(const Job *job, const Tile *tile) noexcept nogil:
     r_store_scalars(log_z, s.log_z)
     if job.what == STATE:
         put_rows(job, tile, VALUE, s.greatest, False)
-        put_rows(job, tile, SPREAD, s.rest / s.top, False)
+        put_rows(job, tile, SPREAD, row_spread(s), False)
         put_rows(job, tile, LINEAR, r_load_scalars(tile.sums[1]), False)
     else:
         put_lse(job, tile)
-        put_rows(job, tile, SPREAD, s.log_z + r_load_scalars(tile.sums[1]) * s.inverse, False)
+        put_rows(job, tile, SPREAD, row_entropy(s, r_load_scalars(tile.sums[1])), False)
     for i in range(tile.n):
         label_logit = tile.label_logit[i] if tile.label[i] >= 0 else NAN
         (<scalar *>(tile.at[LABEL_LOGIT] + i * job.at[LABEL_LOGIT].rows))[0] = (

@@ -174,7 +174,7 @@ XCE_FN void coefficients(const row_job &j, const row_view &v, const row_chunks &
         if (c < 0 || c >= j.n_classes)
             d[i] = 0;
         else
-            d[i] = coefficient_of(j, v, c, !v.q ? 0 : is_near ? d[i] : probability(j, v, c), v.share);
+            d[i] = coefficient_of(j, c, !v.q ? 0 : is_near ? d[i] : probability(j, v, c), v.share);
     }
 }
 
@@ -197,14 +197,16 @@ XCE_FN void write_row(const row_job &j, const row_view &v, const row_chunks &s, 
         scalar x[VEC], g[VEC], h[VEC];
         unpack(raw, x);
 #pragma unroll
-        for (int i = 0; i < VEC; i++)
-            derivatives(j, r, (x[i] - r.state.max) - r.state.log_z, r_exp_relative(x[i], r.state.ref), &g[i], &h[i]);
+        for (int i = 0; i < VEC; i++) {
+            const jet at = derivatives(j, r, r_pair(x[i], 0), r_exp_relative(x[i], r.state.ref));
+            g[i] = at.d1, h[i] = at.d2;
+        }
         if (WHAT(j) == LOSS && is_linear<LEVEL>(j)) {
             scalar d[VEC];
             coefficients(j, v, s, k, d);
 #pragma unroll
             for (int i = 0; i < VEC; i++)
-                g[i] = r_fma(d[i], -r.factor, g[i]);
+                g[i] = linear_derivative(r.out, g[i], d[i]);
         }
         if (HESS)
             write_chunk<storage>(j, s, s.hess, s.hess_fits, k, h);
@@ -216,7 +218,7 @@ XCE_FN void write_row(const row_job &j, const row_view &v, const row_chunks &s, 
     if (WHAT(j) == LOSS && is_mine<GROUP, CLUSTER>(label, rank))
         put_entry<HESS>(v, s, label, r.grad_label, r.hess_label);
     if (is_mine<GROUP, CLUSTER>(top, rank)) {
-        scalar g = WHAT(j) == LOSS ? r.grad_top : WHAT(j) == SOFTMAX ? r.state.top * r.state.inverse : -r.state.log_z;
+        scalar g = WHAT(j) == LOSS ? r.grad_top : WHAT(j) == SOFTMAX ? row_top(r.state).p : row_top(r.state).u;
         put_entry<HESS>(v, s, top, g, r.hess_top);
     }
 }
@@ -245,10 +247,7 @@ XCE_FN void chunked_row(const row_job &j, int64_t row, chunk *kept, message_boar
     const row_view v = view_row<LEVEL>(j, row);
     const row_chunks s = chunks_of(j, v);
     if (is_filled(j, v)) {
-        const filled_row f = fill(j, v, rank == 0);
-        if (WHAT(j) == NLL && v.grad)
-            group_barrier<GROUP, CLUSTER>(); /* the gradient may go where the entry at the label has just been read */
-        fill_row<GROUP, CLUSTER>(j, v, s, f, rank);
+        fill_row<GROUP, CLUSTER>(j, v, s, fill<GROUP, CLUSTER>(j, v, rank == 0), rank);
         return;
     }
     keep_chunks<GROUP, CLUSTER>(j, s, rank, kept);
@@ -278,14 +277,14 @@ XCE_FN void chunked_row(const row_job &j, int64_t row, chunk *kept, message_boar
             add_to(&weights, sum_of(d));
 #pragma unroll
             for (int i = 0; i < VEC; i++)
-                d[i] = weighted(d[i], top.value - x[i]);
+                d[i] = below_top(d[i], top.value, x[i]);
             add_to(&distances, sum_of(d));
         }
         if (WHAT(j) == STATS) {
             int n = 0;
 #pragma unroll
             for (int i = 0; i < VEC; i++) {
-                e[i] = weighted(e[i], top.value - x[i]);
+                e[i] = below_top(e[i], top.value, x[i]);
                 n += x[i] > v.label_logit && (was_kept || !(k == top_at.k && i == top_at.i));
             }
             above += n;
@@ -305,14 +304,12 @@ XCE_FN void chunked_row(const row_job &j, int64_t row, chunk *kept, message_boar
     r.state = row_close(top.value, sum);
 
     if (WHAT(j) == LOSS)
-        close_loss<GROUP>(j, v, &r, shared, rank == 0, [&] { finish_row<LEVEL>(j, v, &r, linear, linear); });
+        close_loss<GROUP>(j, v, &r, shared, rank == 0, [&] {
+            finish_row<LEVEL>(j, v, &r, linear_sums(r.state, linear[0], linear[1]));
+        });
     else {
-        statistics found = {r_sum_total(spread), above};
-        if (WHAT(j) == STATS)
-            found = agree<GROUP, CLUSTER>(found, board);
-        found.above += top.value > v.label_logit;
-        put_statistics<GROUP, CLUSTER, LEVEL>(j, v, r, top.value, linear[0], found, rank, board);
-        r.out_exp = r.state.inverse, r.out_hess1 = r.out_hess2 = 0;
+        statistics found = {r_sum_total(spread), above + (rank == 0 && top.value > v.label_logit)};
+        put_statistics<GROUP, CLUSTER, LEVEL>(j, v, &r, top.value, linear[0], found, rank, board);
     }
     if (v.grad || v.hess) {
         group_barrier<GROUP, CLUSTER>(); /* others may still read the entry at the label where the gradient goes */

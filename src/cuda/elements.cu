@@ -97,9 +97,10 @@ XCE_FN void write_numbers(const element_job &j, const numbers &a, int64_t flat, 
 /* Weights are multiplied in double: they may be, and so may their sum, what a float does not hold. */
 XCE_FN jet weigh_element(jet f, double factor, double scale)
 {
-    scalar slope = (scalar)(factor * scale);
-    jet g = {(scalar)(f.value * factor), f.d1 * slope, f.d2 * slope}, none = {0, 0, 0};
-    return factor == 0 ? none : g; /* whatever the element holds */
+    const jet none = {0, 0, 0};
+    f.value = (scalar)(f.value * factor);
+    scale_derivatives(&f, (scalar)(factor * scale));
+    return factor == 0 ? none : f; /* whatever the element holds */
 }
 
 XCE_KERNEL(1) elements(XCE_JOB(element_job) j)
@@ -135,7 +136,7 @@ XCE_KERNEL(1) elements(XCE_JOB(element_job) j)
                     sum += f.value * weight[i];
                 f = weigh_element(f, weight[i], scale);
             } else
-                f.d1 = f.d1 * (scalar)scale, f.d2 = f.d2 * (scalar)scale;
+                scale_derivatives(&f, (scalar)scale);
             x[i] = flat + i < j.n ? f.value : 0, g[i] = f.d1, h[i] = f.d2;
         }
         if (!has_weights)

@@ -3,32 +3,32 @@
 #ifndef XCE_ENTRIES_H
 #define XCE_ENTRIES_H
 
-/* What the options of a loss make of the derivatives of one entry, by the raw logit; z is what row_entry takes. */
+/* What an entry with a coefficient adds to the sums; z is what row_entry takes. */
+XCE_FN row_sums terms_of_phi(const row_job &j, const row_view &v, const row_outputs &r, int64_t c, real_pair z)
+{
+    return relative_terms(r.slope, row_entry(r.state, z), z, r_exp_pair_near(z).exp, coefficient(j, v, c), PHI(j),
+                          (scalar)j.options.parameter);
+}
+
+/* What the options of a loss make of the derivatives of one entry, by the raw logit. */
 template <int LEVEL>
-XCE_FN void loss_derivatives(const row_job &j, const row_view &v, const row_outputs &r, int64_t c, real_pair z, scalar *g,
-                             scalar *h)
+XCE_FN void loss_derivatives(const row_job &j, const row_view &v, const row_outputs &r, int64_t c, real_pair z, jet *at)
 {
     if (is_linear<LEVEL>(j))
-        *g = r_fma(coefficient(j, v, c), -r.factor, *g);
+        at->d1 = linear_derivative(r.out, at->d1, coefficient(j, v, c));
     else if (LEVEL == FULL && j.teacher && !v.indices) {
-        const prob_pair at = pair_at(j, v, r, c, c);
-        jet f = match_derivatives(PHI(j), divergence_term(PHI(j), at, r.match), at.p, r.factor, r.b, r.d);
-        *g = f.d1, *h = f.d2;
+        const prob_pair pair = pair_at(j, v, r, c, c);
+        *at = match_derivatives(PHI(j), divergence_term(PHI(j), pair, r.match), pair.p, r.out);
     } else if (LEVEL == FULL && j.dense) {
-        const log_prob at = row_entry(r.state, z);
-        scalar d = coefficient(j, v, c), slope;
-        jet f = relative_phi(r.slope, at, z, r_exp_pair_near(z).exp, d, PHI(j), (scalar)j.options.parameter, &slope);
-        *g += r.factor * slope;
-        *h += r.factor * (weighted(d, f.d2) * (at.not_p - at.p));
+        const row_sums f = terms_of_phi(j, v, r, c, z);
+        relative_derivatives(r.out, at, f.extra, f.d2);
     }
-    if (LEVEL == FULL && r.far != 0) {
-        scalar p = exp_of<LEVEL>(j, z, r.state.ref) * r.state.inverse;
-        add_far(r.far, r.factor, p, 1 - p, g, h);
-    }
+    if (LEVEL == FULL && r.out.far != 0)
+        add_far(r.out.far, r.out.factor, at->value, 1 - at->value, &at->d1, &at->d2);
     if (LEVEL == FULL && is_transformed(j))
-        transform_derivatives(transform_of(j.options.softcap, j.options.temperature), raw_entry(j, v, c), g, h);
+        transform_derivatives(transform_of(j.options.softcap, j.options.temperature), raw_entry(j, v, c), &at->d1, &at->d2);
     if (is_removed(j, v, c)) /* whatever the row holds */
-        *g = *h = 0;
+        at->d1 = at->d2 = 0;
 }
 
 /* Four entries at a time, whose sum is added to the others in twice the precision; one, where each is a long calculation. */
@@ -111,7 +111,7 @@ XCE_FN scalar meet_teacher(const row_job &j, const row_view &v, row_outputs *r, 
 
 /* The sums of a divergence over all classes of the teacher but the top one. */
 template <int GROUP, int CLUSTER>
-XCE_FN match_sums sum_pair(const row_job &j, const row_view &v, const row_outputs &r, int64_t rank, message_board *board)
+XCE_FN row_sums sum_pair(const row_job &j, const row_view &v, const row_outputs &r, int64_t rank, message_board *board)
 {
     real_sum f[3] = {{0, 0}, {0, 0}, {0, 0}};
     const int64_t n = v.indices ? j.n_places : j.n_classes;
@@ -120,35 +120,38 @@ XCE_FN match_sums sum_pair(const row_job &j, const row_view &v, const row_output
         if (c < 0 || c == r.top)
             continue;
         const prob_pair at = pair_at(j, v, r, place, c);
-        const jet g = divergence_term(PHI(j), at, r.match);
-        add_to(&f[0], g.value), add_to(&f[1], weighted(at.p, g.d1)), add_to(&f[2], weighted(at.p, g.d2));
+        const row_sums g = match_terms(at.p, divergence_term(PHI(j), at, r.match));
+        add_to(&f[0], g.value), add_to(&f[1], g.d1), add_to(&f[2], g.d2);
     }
     sums<3> all = {{r_sum_total(f[0]), r_sum_total(f[1]), r_sum_total(f[2])}};
     all = agree<GROUP, CLUSTER>(all, board);
-    match_sums found = {all.at[0], all.at[1], all.at[2], 0};
+    row_sums found = {all.at[0], all.at[1], all.at[2], 0};
     return found;
 }
 
 /* The sums of phi, its derivatives and the slopes over all classes but the top one, where they are not linear. */
 template <int GROUP, int CLUSTER>
-XCE_FN void sum_phi(const row_job &j, const row_view &v, const row_outputs &r, int64_t rank, scalar *phi,
-                    message_board *board)
+XCE_FN row_sums sum_phi(const row_job &j, const row_view &v, const row_outputs &r, int64_t rank, message_board *board)
 {
     real_sum f[4] = {{0, 0}, {0, 0}, {0, 0}, {0, 0}};
     for (int64_t c = rank; c < j.n_classes; c += GROUP * CLUSTER) {
         if (c == r.top)
             continue;
-        const real_pair z = distance_or_logit<FULL>(j, r.origin, entry<FULL>(j, v, c));
-        const log_prob at = row_entry(r.state, z);
-        scalar d = coefficient(j, v, c), slope;
-        jet g = relative_phi(r.slope, at, z, r_exp_pair_near(z).exp, d, PHI(j), (scalar)j.options.parameter, &slope);
-        add_to(&f[0], weighted(d, g.value)), add_to(&f[1], weighted(d, g.d1)), add_to(&f[2], weighted(d, g.d2));
-        add_to(&f[3], slope);
+        const row_sums g = terms_of_phi(j, v, r, c, distance_or_logit<FULL>(j, r.origin, entry<FULL>(j, v, c)));
+        add_to(&f[0], g.value), add_to(&f[1], g.d1), add_to(&f[2], g.d2), add_to(&f[3], g.extra);
     }
     sums<4> all = {{r_sum_total(f[0]), r_sum_total(f[1]), r_sum_total(f[2]), r_sum_total(f[3])}};
     all = agree<GROUP, CLUSTER>(all, board);
-    for (int i = 0; i < 4; i++)
-        phi[i] = all.at[i];
+    const row_sums found = {all.at[0], all.at[1], all.at[2], all.at[3]};
+    return found;
+}
+
+XCE_FN void write_entry(const row_job &j, const row_view &v, int64_t c, scalar grad, scalar hess)
+{
+    if (v.hess)
+        put<storage>(v.hess + c * j.hess.classes, hess);
+    if (v.grad)
+        put<output>(v.grad + c * j.grad.classes, grad);
 }
 
 /* The classes of a sparse teacher have other derivatives than all others have; x is not the gradient's memory. */
@@ -161,13 +164,10 @@ XCE_FN void write_sparse(const row_job &j, const row_view &v, const row_outputs 
         if (c < 0 || c == r.top || is_removed(j, v, c))
             continue;
         const prob_pair at = pair_at(j, v, r, place, c);
-        jet f = match_derivatives(PHI(j), divergence_term(PHI(j), at, r.match), at.p, r.factor, r.b, r.d);
+        jet f = match_derivatives(PHI(j), divergence_term(PHI(j), at, r.match), at.p, r.out);
         if (is_transformed(j))
             transform_derivatives(transform_of(j.options.softcap, j.options.temperature), 0, &f.d1, &f.d2);
-        if (v.grad)
-            put<output>(v.grad + c * j.grad.classes, f.d1);
-        if (v.hess)
-            put<storage>(v.hess + c * j.hess.classes, f.d2);
+        write_entry(j, v, c, f.d1, f.d2);
     }
 }
 
@@ -184,14 +184,9 @@ XCE_FN void plain_row(const row_job &j, int64_t row, message_board *board, row_f
         leave_classes(j, &v, agree<GROUP, CLUSTER>(left, board).at[0]);
     }
     if (is_filled(j, v)) {
-        const filled_row f = fill(j, v, rank == 0);
-        if (WHAT(j) == NLL && v.grad)
-            group_barrier<GROUP, CLUSTER>();
+        const filled_row f = fill<GROUP, CLUSTER>(j, v, rank == 0);
         for (int64_t c = rank; c < n; c += GROUP * CLUSTER) {
-            if (v.grad)
-                put<output>(v.grad + c * j.grad.classes, c == v.label.value ? f.at_label : f.elsewhere);
-            if (v.hess)
-                put<storage>(v.hess + c * j.hess.classes, f.elsewhere);
+            write_entry(j, v, c, c == v.label.value ? f.at_label : f.elsewhere, f.elsewhere);
         }
         return;
     }
@@ -226,17 +221,17 @@ XCE_FN void plain_row(const row_job &j, int64_t row, message_board *board, row_f
         scalar e = c == r.top ? 0 : exp_of<LEVEL>(j, z, ref);
         if (is_linear<LEVEL>(j) && c != r.top) {
             scalar d = coefficient(j, v, c);
-            add_to(&distances, weighted(d, max - z.high)), add_to(&weights, d);
+            add_to(&distances, below_top(d, max, z.high)), add_to(&weights, d);
         }
         if (WHAT(j) == STATS) {
             above += x > v.label_logit;
-            add_to(&spread, weighted(e, max - z.high));
+            add_to(&spread, below_top(e, max, z.high));
         }
         return e;
     });
     sums<3> all = {{r_sum_total(rest), r_sum_total(distances), r_sum_total(weights)}};
     all = agree<GROUP, CLUSTER>(all, board);
-    scalar linear[2] = {all.at[1], all.at[2]}, phi[4] = {0, 0, 0, 0};
+    const scalar linear[2] = {is_linear<LEVEL>(j) ? all.at[1] : 0, is_linear<LEVEL>(j) ? all.at[2] : 0};
     real_pair added = {all.at[0], 0};
     if (LEVEL == FULL && is_steep_row(j)) {
         steep_term sums = {all.at[0], all.at[1], all.at[2]};
@@ -248,50 +243,40 @@ XCE_FN void plain_row(const row_job &j, int64_t row, message_board *board, row_f
     if (LEVEL == FULL && WHAT(j) == LOSS && j.teacher) {
         int64_t top_place;
         const scalar outside = meet_teacher<GROUP, CLUSTER>(j, v, &r, rank, &top_place, board);
-        match_sums found = sum_pair<GROUP, CLUSTER>(j, v, r, rank, board);
-        found.outside = outside;
+        row_sums found = sum_pair<GROUP, CLUSTER>(j, v, r, rank, board);
+        found.extra = outside;
         close_loss<GROUP>(j, v, &r, shared, rank == 0, [&] { finish_pair(j, v, &r, found, top_place); });
     } else if (WHAT(j) == LOSS) {
+        row_sums sum = linear_sums(r.state, linear[0], linear[1]);
         if (is_relative<LEVEL>(j)) {
-            const scalar own = v.label.value < 0 || v.label.value == r.top ? weigh_row(j, v).index : 0;
-            r.slope = slope_of_top(r.state, coefficient(j, v, r.top) + own, PHI(j), (scalar)j.options.parameter);
-            sum_phi<GROUP, CLUSTER>(j, v, r, rank, phi, board);
+            scalar a_top = top_coefficient(coefficient(j, v, r.top), weigh_row(j, v).index, label_is_top(v, r.top));
+            r.slope = slope_of_top(r.state, a_top, PHI(j), (scalar)j.options.parameter);
+            sum = sum_phi<GROUP, CLUSTER>(j, v, r, rank, board);
         }
-        close_loss<GROUP>(j, v, &r, shared, rank == 0, [&] { finish_row<LEVEL>(j, v, &r, linear, phi); });
+        close_loss<GROUP>(j, v, &r, shared, rank == 0, [&] { finish_row<LEVEL>(j, v, &r, sum); });
     } else {
         statistics found = {r_sum_total(spread), above};
-        if (WHAT(j) == STATS)
-            found = agree<GROUP, CLUSTER>(found, board);
-        put_statistics<GROUP, CLUSTER, LEVEL>(j, v, r, top.value, linear[0], found, rank, board);
-        r.out_exp = r.state.inverse, r.out_hess1 = r.out_hess2 = 0;
+        put_statistics<GROUP, CLUSTER, LEVEL>(j, v, &r, top.value, linear[0], found, rank, board);
     }
     if (!v.grad && !v.hess)
         return;
     group_barrier<GROUP, CLUSTER>(); /* others may still read the entries at the top and the label */
-    auto write = [&](int64_t c, scalar g, scalar h) {
-        if (v.hess)
-            put<storage>(v.hess + c * j.hess.classes, h);
-        if (v.grad)
-            put<output>(v.grad + c * j.grad.classes, g);
-    };
 #pragma unroll(LEVEL < FULL ? 4 : 1)
     for (int64_t c = rank; c < n; c += GROUP * CLUSTER) {
-        scalar g, h;
         const real_pair z = distance_or_logit<LEVEL>(j, r.origin, entry<LEVEL>(j, v, c));
-        scalar u = (z.high - r.state.max) - r.state.log_z;
-        derivatives(j, r, LEVEL == FULL ? u + z.low : u, exp_of<LEVEL>(j, z, r.state.ref), &g, &h);
+        jet at = derivatives(j, r, z, exp_of<LEVEL>(j, z, r.state.ref));
         if (WHAT(j) == LOSS)
-            loss_derivatives<LEVEL>(j, v, r, c, z, &g, &h);
+            loss_derivatives<LEVEL>(j, v, r, c, z, &at);
         else if (LEVEL == FULL && is_removed(j, v, c)) /* also in a row of which nothing is left */
-            g = WHAT(j) == LOG_SOFTMAX ? -XCE_INF : 0;
-        write(c, g, h);
+            at.d1 = WHAT(j) == LOG_SOFTMAX ? -XCE_INF : 0;
+        write_entry(j, v, c, at.d1, at.d2);
     }
     if (WHAT(j) == LOSS) { /* where these do not hold, by the threads that have just written there */
         const int64_t label = v.label.value, team = GROUP * CLUSTER;
         if (label >= 0 && label % team == rank && !is_removed(j, v, label))
-            write(label, r.grad_label, r.hess_label);
+            write_entry(j, v, label, r.grad_label, r.hess_label);
         if (r.top % team == rank && !is_removed(j, v, r.top))
-            write(r.top, r.grad_top, r.hess_top);
+            write_entry(j, v, r.top, r.grad_top, r.hess_top);
     }
     if (LEVEL == FULL && v.indices)
         write_sparse<GROUP, CLUSTER>(j, v, r, rank);

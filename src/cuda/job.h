@@ -7,9 +7,6 @@
 
 enum { XCE_AXES = 8 }; /* of rows, after neighbours were joined */
 
-enum { LOSS, SOFTMAX, LOG_SOFTMAX, LOGSUMEXP, STATS, STATE, NLL };    /* what */
-enum { ACTIVE, IGNORED, INVALID };                                    /* a row */
-
 typedef struct {
     char *data;                /* NULL: there is none */
     int64_t classes;           /* bytes from a class to the next */

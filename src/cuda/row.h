@@ -57,7 +57,7 @@ struct row_weight {
 
 /* What a row leaves for its entries. */
 struct row_finished { /* what one warp finds for the others */
-    scalar factor, b, d, far, out_exp, out_hess1, out_hess2;
+    row_factors out;
     scalar value, grad_top, hess_top, grad_label, hess_label;
 };
 
@@ -135,17 +135,15 @@ template <int LEVEL> XCE_FN row_view view_row(const row_job &j, int64_t row)
     if (WHAT(j) != LOSS && WHAT(j) != NLL)
         v.label.status = ACTIVE;
     v.label_logit = v.label.value >= 0 ? entry<LEVEL>(j, v, v.label.value) : 0;
-    v.share = WHAT(j) == STATE ? 1 : (scalar)(j.options.label_smoothing / (double)j.n_classes);
+    v.share = WHAT(j) == STATE ? 1 : smoothing_share(j.options.label_smoothing, j.n_classes);
     return v;
 }
 
 XCE_FN row_weight weigh_row(const row_job &j, const row_view &v)
 {
     row_weight w = {0, 1, 1};
-    if (j.label.data && v.label.status != IGNORED) {
-        scalar rest = (scalar)(1 - j.options.label_smoothing);
-        w.index = v.label.status == INVALID ? XCE_NAN : j.weight ? rest * j.weight[v.label.value] : rest;
-    }
+    if (j.label.data)
+        w.index = label_coefficient(v.label.status, v.label.value, label_share(j.options.label_smoothing), j.weight);
     if (j.sample.data)
         w.sample = *(const scalar *)row_of(j, j.sample, find_row(j, v.row));
     w.factor = w.sample;
@@ -154,11 +152,9 @@ XCE_FN row_weight weigh_row(const row_job &j, const row_view &v)
     return w;
 }
 
-/* d = w ((1 - eps) q + eps / C) */
-XCE_FN scalar coefficient_of(const row_job &j, const row_view &v, int64_t c, scalar q, scalar share)
+XCE_FN scalar coefficient_of(const row_job &j, int64_t c, scalar q, scalar share)
 {
-    scalar d = v.q ? r_fma((scalar)(1 - j.options.label_smoothing), q, share) : share;
-    return j.weight ? d * j.weight[c] : d;
+    return dense_coefficient(share, label_share(j.options.label_smoothing), q, j.weight ? j.weight[c] : 1);
 }
 
 XCE_FN scalar probability(const row_job &j, const row_view &v, int64_t c)
@@ -171,7 +167,7 @@ XCE_FN scalar probability(const row_job &j, const row_view &v, int64_t c)
 
 XCE_FN scalar coefficient(const row_job &j, const row_view &v, int64_t c)
 {
-    return coefficient_of(j, v, c, probability(j, v, c), is_removed(j, v, c) ? 0 : v.share); /* of the smoothing */
+    return coefficient_of(j, c, probability(j, v, c), is_removed(j, v, c) ? 0 : v.share); /* of the smoothing */
 }
 
 /* All that is linear in the coefficients is summed with the exponentials, by one reading of the row. */
@@ -209,74 +205,48 @@ XCE_FN real_pair teacher_at_top(const row_job &j, const row_view &v, const logit
     return distance(j, teacher, top_place < 0 ? -XCE_INF : teacher_logit(j, v, top_place));
 }
 
-XCE_FN void put_derivatives(const row_job &j, const row_view &v, row_outputs *r, row_result f, scalar factor, jet out)
+template <int LEVEL>
+XCE_FN void put_result(const row_job &j, const row_view &v, row_outputs *r, row_result f, row_factors out)
 {
-    if (is_transformed(j)) {
-        logit_transform with = transform_of(j.options.softcap, j.options.temperature);
-        transform_derivatives(with, raw_entry(j, v, r->top), &f.grad_top, &f.hess_top);
-        if (v.label.value >= 0)
-            transform_derivatives(with, raw_entry(j, v, v.label.value), &f.grad_label, &f.hess_label);
-    }
-    r->factor = factor, r->b = f.b, r->d = f.d, r->far = f.far;
-    r->out_exp = out.value * r->state.inverse, r->out_hess1 = out.d1, r->out_hess2 = out.d2;
+    if (LEVEL == FULL && is_transformed(j))
+        transform_result(transform_of(j.options.softcap, j.options.temperature), &f, raw_entry(j, v, r->top),
+                         v.label.value >= 0 ? raw_entry(j, v, v.label.value) : 0);
+    if (LEVEL < FULL && out.far != 0)
+        add_far_to_factors(&out, r->state);
+    r->out = out;
     r->grad_top = f.grad_top, r->hess_top = f.hess_top, r->grad_label = f.grad_label, r->hess_label = f.hess_label;
     r->value = f.value;
 }
 
 /* `found`: the sums over the classes of the teacher, which has the top one at `top_place` */
-XCE_FN void finish_pair(const row_job &j, const row_view &v, row_outputs *r, match_sums found, int64_t top_place)
+XCE_FN void finish_pair(const row_job &j, const row_view &v, row_outputs *r, row_sums found, int64_t top_place)
 {
     const row_weight w = weigh_row(j, v);
     row_result f = match_finish(r->state, r->match, found, teacher_at_top(j, v, r->teacher_origin, top_place), w.sample,
-                                w.factor, r->match.teacher_inverse - r->match.teacher_inverse, PHI(j));
-    put_derivatives(j, v, r, f, w.factor, match_outside(PHI(j), r->match, w.factor, f.b, f.d));
+                                w.factor, PHI(j));
+    put_result<FULL>(j, v, r, f, match_factors(PHI(j), r->match, f, w.factor));
 }
 
-XCE_FN scalar without_infinity(scalar a) /* the greatest number for an infinity: times 0 it is 0 */
-{
-    const scalar most = sizeof(scalar) == 8 ? (scalar)0x1.fffffffffffffp1023 : (scalar)0x1.fffffep127;
-    return a > most ? most : a < -most ? -most : a;
-}
+XCE_FN bool label_is_top(const row_view &v, int64_t top) { return v.label.value < 0 || v.label.value == top; }
 
-/* `linear`: the sums of d (max - x) and of d; `phi`: those of the phis */
-template <int LEVEL>
-XCE_FN void finish_row(const row_job &j, const row_view &v, row_outputs *r, const scalar *linear, const scalar *phi)
+template <int LEVEL> XCE_FN void finish_row(const row_job &j, const row_view &v, row_outputs *r, row_sums sum)
 {
     const bool is_dense = LEVEL > SPARSE && j.dense;
     const row_weight w = weigh_row(j, v);
     row_target t;
     t.factor = w.factor, t.weight = w.sample, t.index = w.index;
     t.label_entry = distance_or_logit<LEVEL>(j, r->origin, v.label_logit);
-    t.label_is_top = v.label.value < 0 || v.label.value == r->top;
+    t.label_is_top = label_is_top(v, r->top);
     t.d_top = t.d_label = 0;
-    t.sum = t.sum1 = t.sum2 = 0, t.z_loss = (scalar)j.options.z_loss;
+    t.sum = sum, t.z_loss = (scalar)j.options.z_loss;
     if (is_dense) {
         t.d_top = coefficient(j, v, r->top);
         t.d_label = v.label.value >= 0 ? coefficient(j, v, v.label.value) : 0;
     }
-    if (is_linear<LEVEL>(j)) {
-        t.sum = linear[0] + weighted(linear[1], r->state.log_z);
-        t.sum1 = 0 - linear[1];
-    } else if (LEVEL == FULL && is_dense)
-        t.sum = phi[0], t.sum1 = phi[1], t.sum2 = phi[2];
     row_result f = row_finish(r->state, t, PHI(j), (scalar)j.options.parameter);
     if (is_relative<LEVEL>(j))
-        relative_finish(&f, r->state, t, r->slope, phi[3], PHI(j), (scalar)j.options.parameter);
-    jet out = {(0 - f.slope) * t.factor, (0 - f.b) * t.factor, (f.b + f.d) * t.factor};
-    if (LEVEL == FULL)
-        put_derivatives(j, v, r, f, t.factor, out);
-    else {
-        r->factor = t.factor, r->b = f.b, r->d = f.d;
-        r->out_exp = out.value * r->state.inverse, r->out_hess1 = out.d1, r->out_hess2 = out.d2;
-        if (f.far != 0) { /* logits so large are equal or apart: exp is that of the top entry, or 0 */
-            scalar p = r->state.top * r->state.inverse, g = r->state.top * r->out_exp;
-            scalar h = p * r_fma(p, out.d2, out.d1);
-            add_far(f.far, t.factor, p, 1 - p, &g, &h);
-            r->out_exp = without_infinity(g / r->state.top), r->out_hess1 = without_infinity(h / p), r->out_hess2 = 0;
-        }
-        r->grad_top = f.grad_top, r->hess_top = f.hess_top, r->grad_label = f.grad_label, r->hess_label = f.hess_label;
-        r->value = f.value;
-    }
+        relative_finish(&f, r->state, t, r->slope, PHI(j), (scalar)j.options.parameter);
+    put_result<LEVEL>(j, v, r, f, loss_factors(f, t.factor, r->state.inverse));
 }
 
 /* One warp finishes the row for the others, by a call of `finish`; its value is stored. */
@@ -298,14 +268,17 @@ XCE_FN void close_loss(const row_job &j, const row_view &v, row_outputs *r, row_
         *(scalar *)row_of(j, j.value, find_row(j, v.row)) = r->value;
 }
 
-/* The row outputs of what is not a loss. */
+/* The row outputs of what is not a loss, `found` being a thread's share, and what its entries are written with. */
 template <int GROUP, int CLUSTER, int LEVEL>
-XCE_FN void put_statistics(const row_job &j, const row_view &v, const row_outputs &r, scalar top_logit, scalar linear,
+XCE_FN void put_statistics(const row_job &j, const row_view &v, row_outputs *r, scalar top_logit, scalar linear,
                            statistics found, int64_t rank, message_board *board)
 {
+    if (WHAT(j) == STATS)
+        found = agree<GROUP, CLUSTER>(found, board);
+    r->out.exp = r->state.inverse, r->out.hess1 = r->out.hess2 = 0;
     if (!j.value.data)
         return;
-    scalar lse = row_lse(r.state);
+    scalar lse = row_lse(r->state);
     int64_t nan = -1;
     if (lse != lse && WHAT(j) != STATE) { /* of infinities it is the greatest of them; only NaN makes it NaN */
         greatest first = {0, NOWHERE};
@@ -321,7 +294,7 @@ XCE_FN void put_statistics(const row_job &j, const row_view &v, const row_output
     if (rank != 0)
         return;
     const row_place at = find_row(j, v.row);
-    *(scalar *)row_of(j, j.value, at) = WHAT(j) == STATE ? r.state.greatest : lse;
+    *(scalar *)row_of(j, j.value, at) = WHAT(j) == STATE ? r->state.greatest : lse;
     if (WHAT(j) == LOGSUMEXP)
         return;
     scalar label_logit = v.label_logit;
@@ -329,21 +302,22 @@ XCE_FN void put_statistics(const row_job &j, const row_view &v, const row_output
         label_logit = transform_logit(transform_of(j.options.softcap, j.options.temperature), label_logit);
     *(scalar *)row_of(j, j.label_logit, at) = v.label.value >= 0 ? label_logit : XCE_NAN;
     if (WHAT(j) == STATE) {
-        *(scalar *)row_of(j, j.spread, at) = r.state.rest / r.state.top;
+        *(scalar *)row_of(j, j.spread, at) = row_spread(r->state);
         *(scalar *)row_of(j, j.linear, at) = linear;
         return;
     }
-    *(scalar *)row_of(j, j.spread, at) = r.state.log_z + found.spread * r.state.inverse;
-    *(int64_t *)row_of(j, j.top, at) = nan < 0 ? r.top : nan;
+    *(scalar *)row_of(j, j.spread, at) = row_entropy(r->state, found.spread);
+    *(int64_t *)row_of(j, j.top, at) = nan < 0 ? r->top : nan;
     *(int64_t *)row_of(j, j.rank, at) = v.label.value >= 0 && nan < 0 ? found.above : -1;
 }
 
-/* The derivatives of one entry, u its log-probability and e its exp; of a loss, where only labels count. */
-XCE_FN void derivatives(const row_job &j, const row_outputs &r, scalar u, scalar e, scalar *g, scalar *h)
+/* The derivatives of one entry, e its exp; of a loss, where only labels count. */
+XCE_FN jet derivatives(const row_job &j, const row_outputs &r, real_pair z, scalar e)
 {
-    scalar p = e * r.state.inverse;
-    *g = WHAT(j) == LOG_SOFTMAX ? u : e * r.out_exp;
-    *h = p * r_fma(p, r.out_hess2, r.out_hess1);
+    jet at = entry_derivatives(r.out, r.state.inverse, e);
+    if (WHAT(j) == LOG_SOFTMAX)
+        at.d1 = log_prob_of(r.state.max, r.state.log_z, z, at.value).u;
+    return at;
 }
 
 /* Enter that `where` leaves this many classes to a row. */
@@ -352,7 +326,7 @@ XCE_FN void leave_classes(const row_job &j, row_view *v, scalar n)
     if (n == 0)
         v->label.status = IGNORED, v->label.value = -1;
     else if (j.options.label_smoothing != 0)
-        v->share = (scalar)j.options.label_smoothing / n;
+        v->share = share_of_left(j.options.label_smoothing, n);
 }
 
 /* A row of which nothing is summed: its value, the derivative at the label, and what all other entries get. */
@@ -365,18 +339,15 @@ XCE_FN bool is_filled(const row_job &j, const row_view &v)
     return WHAT(j) == NLL || v.label.status == IGNORED;
 }
 
-XCE_FN filled_row fill(const row_job &j, const row_view &v, bool is_first)
+template <int GROUP, int CLUSTER> XCE_FN filled_row fill(const row_job &j, const row_view &v, bool is_first)
 {
     const row_weight w = weigh_row(j, v);
-    scalar a = v.label.value >= 0 ? w.index * w.sample : 0, bad = v.label.status == INVALID ? XCE_NAN : 0;
-    /* weights that cancel make the factor NaN */
-    scalar elsewhere = v.label.status != IGNORED && w.factor != w.factor ? XCE_NAN : bad;
+    const scalar elsewhere = filled_entry(v.label.status, w.factor);
     filled_row f = {v.label.value >= 0 ? -(w.index * w.factor) : elsewhere, elsewhere};
     if (is_first && j.value.data)
-        *(scalar *)row_of(j, j.value, find_row(j, v.row)) = v.label.status == IGNORED ? 0
-                                              : v.label.value < 0     ? bad
-                                              : a != 0                ? -a * v.label_logit
-                                                                      : 0;
+        *(scalar *)row_of(j, j.value, find_row(j, v.row)) = nll_value(v.label.status, w.index * w.sample, v.label_logit);
+    if (WHAT(j) == NLL && v.grad)
+        group_barrier<GROUP, CLUSTER>(); /* the gradient may go where the entry at the label has just been read */
     return f;
 }
 
