@@ -4,7 +4,8 @@
 #ifndef XCE_CHUNKS_H
 #define XCE_CHUNKS_H
 
-/* Chunks of 16 bytes: the first one may begin before the row, the last one end beyond it. */
+/* Chunks of 16 bytes: the first one may begin before the row, the last one end beyond it. So which thread adds what, and with it
+ * the bits, depends on how far the row begins from a multiple of 16 bytes. */
 struct row_chunks {
     const char *x;             /* where the first one begins */
     char *grad, *hess;         /* where the first one's entries would go */

@@ -115,7 +115,7 @@ template <class T> XCE_FN const T *cluster_address(const T *mine, int rank) /* o
 #define XCE_KERNEL_2 XCE_KERNEL_1
 #define XCE_KERNEL_4 XCE_KERNEL_1
 #define XCE_KERNEL_8 XCE_KERNEL_1
-XCE_FN int cluster_rank() { return 0; } /* never called: the backend does not choose clusters there */
+XCE_FN int cluster_rank() { return 0; } /* never called: no cluster is chosen there */
 XCE_FN void cluster_barrier() {}
 template <class T> XCE_FN const T *cluster_address(const T *mine, int) { return mine; }
 #endif
