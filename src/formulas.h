@@ -461,7 +461,7 @@ XCE_FN scalar smoothing_share(double smoothing, int64_t n_classes) { return (sca
 /* of the classes that `where` leaves */
 XCE_FN scalar share_of_left(double smoothing, scalar n_left) { return (scalar)smoothing / n_left; }
 
-XCE_FN real dense_coefficient(real share, scalar kept, real q, real weight) { return r_fma(r_set(kept), q, share) * weight; }
+XCE_FN real dense_coefficient(real share, scalar kept, real q) { return r_fma(r_set(kept), q, share); } /* times the weight */
 
 XCE_FN scalar label_coefficient(int status, int64_t label, scalar kept, const scalar *weight)
 {

@@ -105,14 +105,13 @@ cdef real_pair exp_parts(real_pair z) noexcept nogil:
 
 cdef inline real coefficients(const Job *job, const View *v, Py_ssize_t c, int n, bint wide, int level) noexcept nogil:
     """The dense coefficients, without eps / C for removed classes; 0 past the end."""
-    cdef real d, share = v.share, q = r_set(0), weight = r_set(1)
+    cdef real d = v.share
     if level == FULL and v.at[WHERE] != NULL:  # smoothing spreads over the others
-        share = r_select(remaining(v, c, n), share, q)
+        d = r_select(remaining(v, c, n), d, r_set(0))
     if v.at[Q] != NULL:
-        q = read(v, Q, c, n, 0, wide, level)
+        d = dense_coefficient(d, job.label_share, read(v, Q, c, n, 0, wide, level))
     if job.weight != NULL:
-        weight = load_scalars(job.weight + c, n) if wide else r_set(job.weight[c])
-    d = dense_coefficient(share, job.label_share, q, weight)
+        d = d * (load_scalars(job.weight + c, n) if wide else r_set(job.weight[c]))
     if wide and n < LANES:
         d = r_select(r_first_lanes(n), d, r_set(0))
     return d

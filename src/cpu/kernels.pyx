@@ -146,7 +146,7 @@ cdef extern from "formulas.h" nogil:
     scalar label_share(double smoothing)
     scalar smoothing_share(double smoothing, int64_t n_classes)
     scalar share_of_left(double smoothing, scalar n_left)
-    real dense_coefficient(real share, scalar kept, real q, real weight)
+    real dense_coefficient(real share, scalar kept, real q)
     scalar label_coefficient(int status, int64_t label, scalar kept, const scalar *weight)
     real top_coefficient(real d_top, real index, rmask is_label)
     scalar nll_value(int status, scalar a, scalar log_prob)

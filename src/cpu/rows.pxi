@@ -485,7 +485,7 @@ cdef inline scalar dense_of(const Job *job, const Tile *tile, int i, Py_ssize_t 
     cdef scalar q = 0 if job.at[Q].data == NULL else read_scalar(entry_of(job, tile, Q, i, c), job.kind[Q])
     cdef scalar weight = 1 if job.weight == NULL else job.weight[c]
     cdef real share = r_set(0 if is_removed(job, tile, i, c) else tile.share[i])
-    return first_lane(dense_coefficient(share, job.label_share, r_set(q), r_set(weight)))
+    return first_lane(dense_coefficient(share, job.label_share, r_set(q)) * r_set(weight))
 
 
 cdef inline scalar first_lane(real a) noexcept nogil:

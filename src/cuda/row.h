@@ -154,7 +154,7 @@ XCE_FN row_weight weigh_row(const row_job &j, const row_view &v)
 
 XCE_FN scalar coefficient_of(const row_job &j, int64_t c, scalar q, scalar share)
 {
-    return dense_coefficient(share, label_share(j.options.label_smoothing), q, j.weight ? j.weight[c] : 1);
+    return dense_coefficient(share, label_share(j.options.label_smoothing), q) * (j.weight ? j.weight[c] : 1);
 }
 
 XCE_FN scalar probability(const row_job &j, const row_view &v, int64_t c)
