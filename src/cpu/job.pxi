@@ -38,8 +38,9 @@ cdef enum:
 cdef enum:
     MANY_UP_TO = 128        # classes
     MANY_AT_MOST = 16777216  # classes; beyond, a float32 lane cannot hold the index of the top entry
-    STAGE = 1024           # vectors kept between the readings: 64 KiB a thread at most. In a row that fits, a class of
-                           # a divergence costs two exp, else six
+    # Vectors kept between the readings: 64 KiB a thread at most. In a row that fits, a class of a divergence costs two
+    # exp, else six.
+    STAGE = 1024
     STREAM_BYTES = 16777216  # gradients larger than this go past the caches
     UNIT_LOGITS = 32768    # a thread's portion ...
     UNIT_ROWS = 1024       # ... which is a number of rows that depends on the classes alone, as its sum is rounded
