@@ -65,17 +65,20 @@ cdef dict kernels = None             # (module, scalar type) by the dtype of log
 cdef object load = None              # a dtype's
 cdef object team = None              # `_threads.team`
 cdef Py_ssize_t serial_below = 0     # logits
+cdef row_options plain_numbers       # what nobody asked for
 
 
 cdef int connect() except -1:
     """Import what the front stands before; `general_rows` last, which tells other threads that all is there."""
     global general_rows, general_elements, unit_interval, library, engine_of, kernels, load, team, serial_below
-    from xce import _checks, _elements, _rows, _threads
+    from xce import _checks, _elements, _options, _rows, _threads
     from xce._engines import cpu
     from xce._libraries import numpy as library
     kernels, load, engine_of = cpu._KERNELS, cpu._load, library.OF_CPU
     team, serial_below = _threads.team, _threads.SERIAL_BELOW
     general_elements, unit_interval = _elements.element_loss, _checks.BETWEEN_0_AND_1
+    for i, number in enumerate(_options.Numbers()):
+        (<double *>&plain_numbers)[i] = number
     general_rows = _rows.row_loss
     return 0
 
@@ -125,8 +128,7 @@ cdef bint are_plain(dict given, Options *options) except -1:
     cdef PyObject *value = NULL
     cdef Py_ssize_t at = 0
     cdef object name, x
-    options.numbers.label_smoothing = options.numbers.softcap = options.numbers.z_loss = 0
-    options.numbers.temperature = 1
+    options.numbers = plain_numbers
     options.ignore_index, options.n_threads, options.is_mean, options.sums = -100, 0, True, True
     options.wants_grad = options.wants_hess = options.of_rows = False
     options.grad = options.hess = options.weight = options.sample_weight = NULL

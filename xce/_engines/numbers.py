@@ -127,4 +127,6 @@ def in_buffers(call: Any, result: Any) -> Any:
 
 def distinct(x: Any) -> Any:
     """Without the repetitions of axes whose stride is 0."""
-    return x[..., *(slice(None) if stride else slice(0, 1) for stride in x.strides)] if x.size else x
+    if not x.size or 0 not in x.strides:
+        return x
+    return x[..., *(slice(None) if stride else slice(0, 1) for stride in x.strides)]
