@@ -58,6 +58,8 @@ from test_linear import (  # noqa: E402, F401
 
 import xce  # noqa: E402
 from xce._engines import cuda_linear as _cuda_linear  # noqa: E402
+from xce._libraries import arrays_of  # noqa: E402
+from xce._rows import linear_call  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -211,7 +213,7 @@ def test_rows_of_a_chunk() -> None:
     """As many as make products fast, however much memory there is."""
     x = np.broadcast_to(np.float32(1), (10000, 2))
     weight, labels = W[:, :2].astype("f4"), np.zeros(10000, int)
-    call = xce._call.linear_call(emulated, x, weight, labels, None, None, {"reduction": "sum"})
+    call = linear_call(arrays_of(x, "inputs"), weight, labels, None, None, {"reduction": "sum"})
     with mock.patch.object(Emulated, "memory_bytes", 2**40):
         assert _cuda_linear._chunk_rows(call, DEVICE) == -(-10000 // 3)
         assert _cuda_linear._chunk_rows(call._replace(chunk_rows=20000), DEVICE) == 10000

@@ -246,26 +246,40 @@ def linear(
 ) -> Any:
     """Return what `linear_cross_entropy` returns."""
     arrays, given = arrays_of(inputs, "inputs"), checked("linear_cross_entropy", options)
-    grad_out = given.pop("grad_out", None)
     with arrays.place():
-        weight = arrays.view(linear_weight, "linear_weight")
-        bias = None if linear_bias is None else arrays.view(linear_bias, "linear_bias")
-        x, weight, bias = check.linear_layer(arrays.view_first(), weight, bias)
-        y, seen = check.view_target(arrays, x, target), see(arrays, x, given)
-        xp = namespace(x)
-        stand_in = xp.zeros((), dtype=native(x.dtype), device=device_of(x))
-        logits = xp.broadcast_to(stand_in, (*x.shape[:-1], weight.shape[0]))
-        loss = row_call(arrays._replace(name="logits"), "loss", "cross_entropy", 0.0, logits, y, given | seen)
-        chunk_rows = check.thread_count("chunk_rows", chunk_rows)  # the same rule
-        check.asked((grad_out, loss.return_grad, "grad"))
-        outs = check.three(grad_out)
-        buffers = tuple(
-            None if out is None else arrays.view_buffer(out, f"grad_out[{i}]") for i, out in enumerate(outs)
-        )
-        check.linear_buffers(buffers, x, weight, bias, {"target": y} | seen)
-        result, grads = arrays.engine.run_linear(LinearCall(loss, x, weight, bias, chunk_rows, buffers))
-    if not loss.return_grad:
-        return arrays.wrap(result)
-    return arrays.wrap(result), tuple(
+        call = linear_call(arrays, linear_weight, target, linear_bias, chunk_rows, given)
+        loss, grads = arrays.engine.run_linear(call)
+    if not call.loss.return_grad:
+        return arrays.wrap(loss)
+    outs = check.three(options.get("grad_out"))
+    return arrays.wrap(loss), tuple(
         arrays.wrap(grad) if out is None and grad is not None else out for grad, out in zip(grads, outs, strict=True)
     )
+
+
+def linear_call(
+    arrays: Arrays,
+    linear_weight: Array,
+    target: Array,
+    linear_bias: Array | None,
+    chunk_rows: Any,
+    options: dict[str, Any],
+) -> LinearCall:
+    """Return the checked call of the loss of a linear layer, whose options have been checked as far as alone."""
+    grad_out, given = options.get("grad_out"), {key: x for key, x in options.items() if key != "grad_out"}
+    weight = arrays.view(linear_weight, "linear_weight")
+    bias = None if linear_bias is None else arrays.view(linear_bias, "linear_bias")
+    x, weight, bias = check.linear_layer(arrays.view_first(), weight, bias)
+    y, seen = check.view_target(arrays, x, target), see(arrays, x, given)
+    xp = namespace(x)
+    stand_in = xp.zeros((), dtype=native(x.dtype), device=device_of(x))
+    logits = xp.broadcast_to(stand_in, (*x.shape[:-1], weight.shape[0]))
+    loss = row_call(arrays._replace(name="logits"), "loss", "cross_entropy", 0.0, logits, y, given | seen)
+    chunk_rows = check.thread_count("chunk_rows", chunk_rows)  # the same rule
+    check.asked((grad_out, loss.return_grad, "grad"))
+    buffers = tuple(
+        None if out is None else arrays.view_buffer(out, f"grad_out[{i}]")
+        for i, out in enumerate(check.three(grad_out))
+    )
+    check.linear_buffers(buffers, x, weight, bias, {"target": y} | seen)
+    return LinearCall(loss, x, weight, bias, chunk_rows, buffers)
