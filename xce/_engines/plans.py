@@ -90,8 +90,11 @@ class _Notes:
 
     def launch(self, kernel: Any, grid: int, block: tuple[int, int], shared: int, job: Any) -> None:
         words = np.frombuffer(job.tobytes(), np.int64).copy()
-        self.launches.append((kernel, grid, block, shared, words.copy()))
-        places = np.flatnonzero(words >> 32 == _TOKEN)
+        is_address = words >> 32 == _TOKEN
+        if "ignore_index" in job.dtype.fields:  # the one word of a job that may be any number
+            is_address[job.dtype.fields["ignore_index"][1] // 8] = False
+        places = np.flatnonzero(is_address)
+        self.launches.append((kernel, grid, block, shared, words.copy(), places))
         words[places] = [self.device.pointer(self.arrays[i]) for i in words[places] & _NUMBER]
         self.device.launch(kernel, grid, block, shared, words)
 
@@ -108,17 +111,17 @@ class _Notes:
             if i >= self.n_given and i not in made:
                 number[i], offset[i] = self.n_given + len(made), scratch
                 scratch += -(-math.prod(x.shape) * x.dtype.itemsize // _ALIGNED) * _ALIGNED
-        launches, start = [], 0
-        for kernel, grid, block, shared, job in self.launches:
+        launches, places, start = [], [], 0
+        for kernel, grid, block, shared, job, of_job in self.launches:
             launches.append(_Launch(kernel, grid, block, shared, slice(start, start + job.size)))
+            places.append(of_job + start)
             start += job.size
-        words = np.concatenate([job for *_, job in self.launches])
-        places = np.flatnonzero(words >> 32 == _TOKEN)
-        arrays = words[places] & _NUMBER
+        words, at = np.concatenate([job for *_, job, _ in self.launches]), np.concatenate(places)
+        arrays = words[at] & _NUMBER
         return _Plan(
             tuple(launches),
             words,
-            places,
+            at,
             offset[arrays],
             number[arrays],
             tuple((self.arrays[i].shape, self.arrays[i].dtype) for i in made),
