@@ -17,7 +17,7 @@ from cases import LOSSES, TARGETS_OF_LOSSES, Case, oracle, problem
 from checks import DTYPES, every_loss
 
 import xce
-from xce import _cpu, _reference
+from xce import _cpu, _options, _reference
 from xce._engines import cuda as _cuda
 
 ROOT = Path(__file__).parents[1]
@@ -97,6 +97,12 @@ def test_every_loss_warns_of_finite_differences(loss: str) -> None:
 
 
 # A formula is written once: the CUDA kernels are a second schedule, not a second library
+
+
+def test_options_that_are_numbers_stand_in_one_order() -> None:
+    """They are handed to the kernels by their places."""
+    for names in (_cpu.kernels("float32").NUMBERS, _cuda.names("XCE_ROW_OPTIONS", "options.h")):
+        assert names == _options.NUMBERS
 
 
 def test_every_formula_has_a_twin_of_cuda() -> None:

@@ -1,6 +1,6 @@
 """Losses on a GPU: selects the kernel of a call and fills its job, the struct that is its only argument.
 
-Nothing here touches a GPU: a `Device` has the memory and launches the kernels. That of `xce._engines.cupy` is CuPy;
+Nothing here needs a GPU: a `Device` has the memory and launches the kernels. That of `xce._engines.cupy` is CuPy;
 the tests have one that runs the same kernels on the CPU.
 """
 

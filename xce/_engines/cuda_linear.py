@@ -4,7 +4,7 @@
 
 The logits of a chunk are float32 (float64 for float64), whatever the parameters are: rounded to 16 bits they would
 cost the loss its accuracy. g has the type of the parameters, since tensor cores multiply 16 bits or nothing, and is
-added up in float32. Nothing waits for the GPU.
+added up in float32. Nothing waits for the GPU, unless a checked call has float64 weights.
 
 The products have the bits of cuBLAS: the same in every run with one version of it on one model of GPU, as long as no
 other stream uses cuBLAS at the same time (CUBLAS_WORKSPACE_CONFIG=:4096:8 lifts that). Everything else is added in a

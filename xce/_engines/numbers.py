@@ -65,7 +65,7 @@ def is_steep(call: Any) -> bool:
 
 
 def is_plain(call: Any) -> bool:
-    """Whether a `Call` has no numbers but the logits."""
+    """Whether a `Call` has default options and no weights."""
     return (
         call.numbers[1:] == _PLAIN
         and call.weight is call.sample_weight is None

@@ -1,6 +1,6 @@
-"""Whose an array is: its type decides, and nothing is imported that the caller has not imported.
+"""Whose an array is: its type decides. No library of arrays is imported that the caller has not imported.
 
-A library is a module of this package, and a line of its table.
+A library is a module of this package, and a line of the table below.
 """
 
 from __future__ import annotations
