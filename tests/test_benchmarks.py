@@ -74,6 +74,9 @@ def test_benchmark_runs(cls: type, method: str, params: tuple[str, ...]) -> None
         result = getattr(benchmark, method)(*params)
     except NotImplementedError as reason:  # asv skips it too
         pytest.skip(str(reason))
+    finally:
+        if hasattr(benchmark, "teardown"):
+            benchmark.teardown(*params)
     assert method.startswith("track_") == (result is not None)
 
 
