@@ -1718,7 +1718,8 @@ def judged(found: Array, wanted: Expected, report: Report, call: Call, index: in
         # the reference divides the derivatives of a mean last
         margin = 64 if call.library != "strict" else 1e6
         overflows = (near > KINDS[wanted.dtype].greatest) | (size > KINDS[wanted.work].greatest / margin)
-        overflows &= ~(value * exact < 0)  # of the right sign
+        # of the right sign, or of that which the allowed error gives it
+        overflows &= ~(value * exact < 0) | (np.sign(value) * exact + allowed > KINDS[wanted.dtype].greatest)
         is_right = (error <= wanted.limit * slack) | (value == exact) | (np.isnan(value) & np.isnan(exact))
         is_right |= np.isinf(value) & overflows & ~np.isnan(exact)
         if call.library == "strict":  # the reference adds in the type of the terms, infinities of both signs at last
