@@ -22,7 +22,7 @@ _PLAIN = Numbers()
 
 
 # arrays among the arguments: those that must be there, those that may, and those that are written to
-_REQUIRED, _OPTIONAL = {"target", "teacher_logits"}, {"weight", "where", "teacher_indices"}
+_REQUIRED, _OPTIONAL = {"teacher_logits"}, {"weight", "where", "teacher_indices"}
 _WRITTEN = {"grad_out", "hess_out", "out"}
 
 

@@ -50,6 +50,8 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 import xce
+from xce._arrays import dtype_name
+from xce._checks import FLOATS
 from xce._libraries import torch as library
 from xce._options import Reduction
 
@@ -102,7 +104,7 @@ class _Loss(NamedTuple):
 
 def _cross_entropy(logits: Any, **given: Any) -> Any:
     """Refuse what PyTorch refuses, and xce does not."""
-    if given["ignore_index"] >= 0 and "float" in str(given["target"].dtype):
+    if given["ignore_index"] >= 0 and dtype_name(given["target"].dtype) in FLOATS:
         raise ValueError("probabilities with a class to ignore")
     return xce.cross_entropy(logits, **given)
 
@@ -573,7 +575,7 @@ if hasattr(F, "linear_cross_entropy"):
         **options: Any,
     ) -> Any:
         """Refuse what PyTorch refuses, and xce does not; and gradients of parameters by row."""
-        if inputs.ndim > 2 or ("float" in str(target.dtype) and ignore_index is not None):
+        if inputs.ndim > 2 or (dtype_name(target.dtype) in FLOATS and ignore_index is not None):
             raise ValueError("more axes, or probabilities with a class to ignore")
         if return_grad and reduction == "none":
             raise ValueError("a loss for each row, of parameters that all rows share")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -125,11 +125,6 @@ def _function(module: Module, kernel: str, number: int) -> Any:
         function.max_dynamic_shared_size_bytes = _device(number).shared_bytes  # more than 48 KiB must be asked for
         function.preferred_shared_memory_carveout = 100  # the driver may else leave room for one block only
     return function
-
-
-def place_of(number: int) -> AbstractContextManager[Any] | None:
-    """Return the context of a device, or None if it is the current one."""
-    return None if number == current_number() else cupy.cuda.Device(number)
 
 
 def current_number() -> int:

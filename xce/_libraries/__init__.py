@@ -129,7 +129,7 @@ class Arrays(NamedTuple):
 
 def arrays_of(x: Any, name: str) -> Arrays:
     """Return whose a call's first array is; `name` is that of the argument, for error messages."""
-    library = _known.get(type(x)) or _find(x, name, None)
+    library = library_of(x, name)
     return Arrays(library, library.engine(x), x, name)
 
 

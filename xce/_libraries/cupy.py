@@ -20,8 +20,8 @@ def engine(x: Any) -> Engine:
 
 def place(x: Any) -> AbstractContextManager[Any] | None:
     """Return the context of the device of `x`, or None if it is the current one."""
-    cuda.current_number()  # or says what is missing
-    return cuda.place_of(x.device.id)
+    current = cuda.current_number()  # or says what is missing
+    return None if x.device.id == current else cuda.cupy.cuda.Device(x.device.id)
 
 
 def device(x: Any) -> Any:
