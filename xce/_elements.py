@@ -18,8 +18,7 @@ from xce._libraries import Arrays, arrays_of
 from xce._options import DEFAULTS, checked
 from xce._rows import finish, outputs, returned, see
 
-# kinds of targets: the dtypes that they may have
-LABELS = ("bool", *check.INTEGERS, *check.FLOATS)
+# dtypes of targets that are signs
 SIGNS = ("int8", "int16", "int32", "int64", *check.FLOATS)
 
 # what factors of elements may be
@@ -33,7 +32,7 @@ class ElementLoss(NamedTuple):
     function: str  # its name
     formula: str
     name: str = "logits"  # of what it is a function of
-    kinds: tuple[str, ...] = LABELS  # dtypes of the target
+    kinds: tuple[str, ...] = check.NUMBERS  # dtypes of the target
     range: tuple[float, float | None, str] | None = None  # of that, and
     target_range: tuple[float, float | None, str] | None = check.BETWEEN_0_AND_1
     factors: tuple[str, str] = ("weight", "pos_weight")  # the names of the two that it may take besides sample weights
@@ -108,7 +107,7 @@ def element_call(
 
 def _factor(engine: Engine, factor: Array, key: str, x: Array, name: str, axis: int | None, validate: bool) -> Array:
     """Return factors of the elements, checked and broadcast to them."""
-    factor = check.of_dtype(factor, key, *LABELS)
+    factor = check.of_dtype(factor, key, *check.NUMBERS)
     if validate and dtype_name(factor.dtype) != "bool":
         is_class_weight = axis is not None and key == "weight"
         allowed = check.FINITE_NOT_NEGATIVE if is_class_weight else _FACTORS.get(key, _SIGNED)
